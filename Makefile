@@ -1,0 +1,40 @@
+# make study   the whole study: data, models, compression, evaluation, tables, figures (RECIPE=pocket)
+# make test    everything CI runs
+RECIPE ?= pocket
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+BIN    := .venv/bin
+.PHONY: study test bases lab export clean-notebooks help
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+# the set-up is done when the stamp stands: a killed installation starts again
+.venv/installed: settings.ini constraints.txt setup.py
+	@test -n "$(PYTHON)" || { echo "make: no python3.11 found; install it or call make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11, for which the pinned packages are known to work together; call make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up .venv (about 2 GB, some minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Set up."
+
+study: .venv/installed ## run a study to its tables and figures; RECIPE=smoke for a small one
+	@$(BIN)/slm-study run --recipe $(RECIPE) --cores $(CORES)
+
+bases: .venv/installed ## only train the base models of a recipe
+	@$(BIN)/python -m slm_study.studies 0_pretrain --recipe $(RECIPE) --model tinyllama
+	@$(BIN)/python -m slm_study.studies 0_pretrain --recipe $(RECIPE) --model starcoder
+
+test: .venv/installed ## what CI runs: notebooks as tests, lint, and the pipeline on the smoke recipe
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES) --skip_folder_re '^[_.]|^studies$$'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lab: .venv/installed ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab nbs/index.ipynb
+
+export: .venv/installed ## notebooks to modules and README, notebooks cleaned: after every edit
+	@$(BIN)/nbdev_export
+	@$(BIN)/nbdev_clean
+	@$(BIN)/python tests/readme.py
