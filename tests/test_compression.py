@@ -1,0 +1,195 @@
+"What the compression notebooks do not show: every architecture, tied and untied, in combination, over many seeds."
+import json, random, subprocess, sys
+import pytest, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from slm_study.compression.audit import audit, compare
+from slm_study.compression.early_exit import ExitHeads, calibrate_tau, decode, decode_uncached, load_exits, save_exits, train_exits
+from slm_study.compression.pruning import ffn_scores, kept_channels, kept_width, mask_ffn, prune_ffn, prune_masked, random_scores
+from slm_study.compression.weight_sharing import share_embedding
+from slm_study.models import PAD, architecture, blocks, config_for, ffn, input_embedding, is_tied, lm_head, load_checkpoint, save_checkpoint
+from slm_study.recipes import Size, StudyError
+
+SIZE = Size(hidden=64, layers=4, heads=4, kv_heads=2, ffn=128, positions=96)
+KINDS = [(m, t) for m in ("tinyllama", "starcoder") for t in (True, False)]
+
+def make(model, tied=None, seed=0):
+    torch.manual_seed(seed)
+    m = AutoModelForCausalLM.from_config(config_for(model, SIZE, 80, tied)).eval()
+    for n,p in m.named_parameters():
+        if p.ndim == 2: p.data.normal_(0, .1 if len(p) == 80 else .3)
+        elif n.endswith("bias"): p.data.normal_(0, .05)
+    m.generation_config.eos_token_id = None
+    return m
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(before)
+
+def gap(a, b):
+    ids = torch.randint(2, 80, (4, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): return (a(ids).logits - b(ids).logits).abs().max().item()
+
+def padded(seed, rows=4, tokens=16):
+    g = torch.Generator().manual_seed(seed)
+    ids, mask = torch.randint(2, 80, (rows, tokens), generator=g), torch.ones(rows, tokens, dtype=torch.long)
+    for r in range(rows):
+        pad = int(torch.randint(tokens, (1,), generator=g)) if r else 0
+        ids[r,:pad], mask[r,:pad] = PAD, 0
+    return ids, mask
+
+@pytest.mark.parametrize("model,tied", KINDS)
+@pytest.mark.parametrize("ratio", (.25, .5, .75))
+@pytest.mark.parametrize("norm", (1, 2))
+def test_removed_equals_masked(model, tied, ratio, norm):
+    m = make(model, tied)
+    small = prune_ffn(m, ratio, norm)
+    assert gap(small, mask_ffn(m, kept_channels(ffn_scores(m, norm), ratio))) < 1e-4
+    gone, d = SIZE.ffn - kept_width(SIZE.ffn, ratio), SIZE.hidden
+    per_channel = 3*d if architecture(m) == "llama" else 2*d + 1
+    assert audit(m)["parameters"] - audit(small)["parameters"] == SIZE.layers*gone*per_channel
+    assert is_tied(small) == tied and gap(m, small) > 1e-3
+    assert {ffn(b).width for b in blocks(small)} == {SIZE.ffn - gone} and {ffn(b).width for b in blocks(m)} == {SIZE.ffn}
+
+@pytest.mark.parametrize("model,tied", KINDS)
+@pytest.mark.parametrize("norm", (1, 2))
+def test_the_weakest_go(model, tied, norm):
+    "A quarter of the channels made negligible: exactly those are removed, and nothing is lost."
+    m, weak = make(model, tied), torch.randperm(SIZE.ffn, generator=torch.Generator().manual_seed(1))[:SIZE.ffn//4]
+    with torch.no_grad():
+        for f in map(ffn, blocks(m)):
+            for l in f.inputs: l.weight[weak] *= 1e-5
+            f.output.weight[:,weak] *= 1e-5
+    assert all(not set(k.tolist()) & set(weak.tolist()) for k in kept_channels(ffn_scores(m, norm), .25))
+    assert gap(m, prune_ffn(m, .25, norm)) < 1e-3 < gap(m, prune_ffn(m, .25, scores=random_scores(m)))
+
+@pytest.mark.parametrize("model,tied", KINDS)
+def test_random_scores_are_a_different_choice(model, tied):
+    m = make(model, tied)
+    assert gap(prune_ffn(m, .5), prune_ffn(m, .5, scores=random_scores(m))) > 1e-3
+    assert gap(prune_ffn(m, .5, scores=random_scores(m, 1)), prune_ffn(m, .5, scores=random_scores(m, 1))) == 0
+
+def test_everything_at_once_reloads_without_the_package(tmp_path):
+    "Pruned, then tied, saved: plain from_pretrained in a process in which slm_study cannot be imported."
+    sums = {}
+    for model in ("tinyllama", "starcoder"):
+        small, verdict = share_embedding(prune_ffn(make(model, False), .5), "embedding")
+        assert verdict.startswith("tied: ")
+        save_checkpoint(small, None, tmp_path/model)
+        sums[model] = small(torch.arange(2, 20)[None]).logits.double().sum().item()
+        assert len([k for k in load_file(tmp_path/model/"model.safetensors") if "lm_head" in k or "wte" in k or "embed_tokens" in k]) == 1
+    code = ("import sys, torch; sys.modules['slm_study'] = None\nfrom transformers import AutoModelForCausalLM\n"
+            "for p in sys.argv[1:]:\n m = AutoModelForCausalLM.from_pretrained(p).eval()\n"
+            " print(m(torch.arange(2, 20)[None]).logits.double().sum().item(), m.get_input_embeddings().weight is m.get_output_embeddings().weight)")
+    out = subprocess.run([sys.executable, "-c", code, *(str(tmp_path/m) for m in sums)], capture_output=True, text=True, check=True).stdout.split()
+    assert out[1::2] == ["True", "True"]
+    assert [float(x) for x in out[::2]] == pytest.approx(list(sums.values()), abs=1e-4)
+
+@pytest.mark.parametrize("model,tied", KINDS)
+def test_masked_keeps_its_size_and_its_tie(model, tied, tmp_path):
+    m = make(model, tied)
+    masked = prune_masked(m, .15)
+    assert "masked only: 15." in compare(m, masked)["verdict"] and is_tied(masked) == tied
+    a, b = audit(m), audit(masked)
+    assert {k: v for k,v in a.items() if k != "zeros_pct"} == {k: v for k,v in b.items() if k != "zeros_pct"}
+
+@pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
+@pytest.mark.parametrize("merge", ("embedding", "head", "mean"))
+def test_tie_survives_the_checkpoint(model, merge, tmp_path):
+    m = make(model, False)
+    E, H = input_embedding(m).weight.detach().clone(), lm_head(m).weight.detach().clone()
+    tied, verdict = share_embedding(m, merge)
+    assert torch.equal(lm_head(tied).weight, {"embedding": E, "head": H, "mean": (E + H)/2}[merge])
+    save_checkpoint(m, None, tmp_path/"two"); save_checkpoint(tied, None, tmp_path/"one")
+    again, _ = load_checkpoint(tmp_path/"one")
+    assert lm_head(again).weight is input_embedding(again).weight and gap(again, tied) < 1e-6
+    report = compare(tmp_path/"two", tmp_path/"one")
+    assert report["verdict"] == verdict and report["before"]["disk_bytes"] - report["after"]["disk_bytes"] == pytest.approx(80*64*4, abs=256)
+    assert share_embedding(again, merge) == (again, "already tied: 0 bytes saved")
+
+@pytest.mark.parametrize("model,tied", KINDS)
+def test_full_depth_is_greedy_generate(model, tied):
+    m = make(model, tied)
+    heads = ExitHeads.of(m, [1, 3])
+    for seed in range(5):
+        ids, mask = padded(seed)
+        theirs = m.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=PAD)[:,16:].tolist()
+        assert decode(m, ids, mask, 30).tokens == theirs
+        assert decode(m, ids, mask, 30, exits=heads, tau=1.).tokens == theirs
+        assert [decode(m, ids[r:r+1,mask[r].bool()], None, 30).tokens[0] for r in range(4)] == theirs
+
+@pytest.mark.parametrize("model,tied", KINDS)
+def test_cached_exits_equal_uncached(model, tied):
+    chance, seen = random.Random(0), set()
+    for seed in range(3):
+        m, (ids, mask) = make(model, tied, seed), padded(seed)
+        heads = ExitHeads.of(m, [1, 2, 3])
+        for i in range(3): heads.maps[i].data += .1*torch.randn(64, 64)
+        taus = [chance.choice([.05, .1, .2, .4, .8, .99]) for _ in range(25)]
+        got = decode(m, ids, mask, 25, exits=heads, tau=taus)
+        for r in range(4):
+            assert (got.tokens[r], got.layers_run[r]) == decode_uncached(m, ids[r,mask[r].bool()].tolist(), taus, heads)
+            assert decode(m, ids[r:r+1,mask[r].bool()], None, 25, exits=heads, tau=taus).tokens[0] == got.tokens[r]
+            seen |= set(got.layers_run[r])
+    assert seen == {1, 2, 3, 4}
+
+def test_a_row_does_not_feel_its_batch():
+    "Rows that end early leave the batch; those that stay get what they get alone, exits and all."
+    m = make("tinyllama")
+    heads, (ids, mask) = ExitHeads.of(m, [2]), padded(3, rows=8)
+    full = decode(m, ids, mask, 40, exits=heads, tau=.3)
+    ends = sorted({t for row in full.tokens for t in row[5:15]})[:12]
+    got = decode(m, ids, mask, 40, eos_token_id=ends, exits=heads, tau=.3)
+    assert len({len(t) for t in got.tokens}) > 2
+    for r in range(8):
+        alone = decode(m, ids[r:r+1,mask[r].bool()], None, 40, eos_token_id=ends, exits=heads, tau=.3)
+        assert (alone.tokens[0], alone.layers_run[0], alone.stop_reasons[0]) == (got.tokens[r], got.layers_run[r], got.stop_reasons[r])
+
+@pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
+def test_cache_follows_changed_weights(model):
+    "Folded key and value weights must not outlive the weights they were made from."
+    m = make(model)
+    heads, (ids, _) = ExitHeads.of(m, [1]), padded(0)
+    before = decode(m, ids[:1], None, 20, exits=heads, tau=.05)
+    with torch.no_grad():
+        for b in blocks(m):
+            for p in b.parameters(): p.mul_(.7)
+    after = decode(m, ids[:1], None, 20, exits=heads, tau=.05)
+    assert after.tokens == decode(m, ids[:1], None, 20, exits=ExitHeads.of(m, [1]), tau=.05).tokens != before.tokens
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
+def test_half_precision_decodes(model, dtype):
+    m = make(model).to(dtype)
+    ids, mask = padded(0)
+    out = decode(m, ids, mask, 8, exits=ExitHeads.of(make(model), [2]), tau=.2)
+    assert [len(t) for t in out.tokens] == [8]*4
+
+def test_exits_on_disk(tmp_path):
+    m = make("starcoder")
+    batch = dict(input_ids=padded(0)[0], labels=padded(0)[0])
+    heads = train_exits(m, [batch], [2], steps=3)
+    assert not torch.equal(heads.maps[0], torch.eye(64))
+    save_checkpoint(m, None, tmp_path/"c")
+    plain = compare(tmp_path/"c", tmp_path/"c")["verdict"]
+    save_checkpoint(m, None, tmp_path/"e"); save_exits(tmp_path/"e", heads, .5, agreement=.99)
+    again, tau = load_exits(tmp_path/"e")
+    assert tau == .5 and torch.equal(again.maps[0], heads.maps[0]) and json.loads((tmp_path/"e"/"exit_config.json").read_text())["agreement"] == .99
+    assert plain == "unchanged" and compare(tmp_path/"c", tmp_path/"e")["verdict"].startswith("unchanged; exit heads add")
+    assert audit(tmp_path/"e")["exit_parameters"] == 64*64 + 64
+    AutoModelForCausalLM.from_pretrained(tmp_path/"e") # still a plain checkpoint
+
+@pytest.mark.parametrize("broken", (b"", b"{", b"[]", b'{"exits": [9], "hidden": 64, "layers": 4, "tau": 0.5}'))
+def test_damaged_exits_are_one_line(tmp_path, broken):
+    save_exits(tmp_path, ExitHeads([2], 64, 4), .5)
+    (tmp_path/"exit_config.json").write_bytes(broken)
+    with pytest.raises(StudyError) as e: load_exits(tmp_path)
+    assert "\n" not in str(e.value)
+
+def test_no_tau_is_good_enough():
+    "Heads that are never right calibrate to 1, which never exits."
+    m = make("tinyllama")
+    heads = ExitHeads.of(m, [1])
+    heads.maps[0].data.normal_(0, 3)
+    tau, table = calibrate_tau(m, heads, [dict(input_ids=padded(0)[0], labels=padded(0)[0])], agreement=1.)
+    assert tau == 1. and not (table.exits_agree_pct >= 100).any()
