@@ -7,7 +7,7 @@ __all__ = ['train_tokenizer', 'encode', 'encode_all', 'collate', 'split_paramete
            'last_checkpoint', 'steps_for', 'order_rows', 'use_threads', 'run_trainer', 'read_rows', 'pretrain']
 
 # %% ../../nbs/20_finetuning/00_pretrain.ipynb #01a5d1c1
-import json, math, os, random, time, warnings
+import hashlib, json, math, os, random, shutil, time, warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from ..models import PAD, config_for, lm_head, input_embedding, save_checkpoint
 from ..recipes import MODELS, Pretrain, Size, StudyError
+from ..records import atomic_write, writing
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning) # transformers warning peft of its next version
 
@@ -110,6 +111,20 @@ class ProgressLines(TrainerCallback):
         print(f"{self.name}: {100*state.global_step/state.max_steps:3.0f} %  loss {float(logs['loss']):.3f}  {done*self.tokens_per_step/took:,.0f} tokens/s  {left:.0f} s left", flush=True)
 
 # %% ../../nbs/20_finetuning/00_pretrain.ipynb #38e8889f
+def _fingerprint(model, rows, *settings) -> str:
+    "What a training is made of: first weights, data and settings."
+    h = hashlib.sha256(json.dumps([settings, [r["input_ids"] for r in rows[:1000]], len(rows)]).encode())
+    for n, p in model.named_parameters(): h.update(f"{n}{tuple(p.shape)}{p.detach().float().sum().item():.4e}".encode())
+    return h.hexdigest()[:16]
+
+def _same_training(out:Path, fingerprint:str, name:str):
+    "Forget the checkpoints in `out` if they are of a training with other weights, data or settings."
+    mark = out/"fingerprint"
+    if out.exists() and (not mark.exists() or mark.read_text() != fingerprint):
+        print(f"{name}: model, data or recipe have changed since {out.name} was begun; it starts anew", flush=True)
+        shutil.rmtree(out)
+    with atomic_write(mark) as f: f.write(fingerprint)
+
 def last_checkpoint(
     folder:str|Path # where a Trainer saves
 ) -> Path|None:
@@ -168,17 +183,18 @@ def run_trainer(
     every = max(1, steps//20)
     args = TrainingArguments(output_dir=str(out), per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, max_steps=steps, learning_rate=lr,
         warmup_steps=int(warmup*steps), lr_scheduler_type="cosine", max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), seed=seed, data_seed=seed,
-        logging_steps=every, save_steps=max(1, steps//10), save_total_limit=2, eval_strategy="steps" if validation else "no", eval_steps=max(1, steps//4),
+        logging_steps=every, logging_first_step=True, save_steps=max(1, steps//10), save_total_limit=2, eval_strategy="steps" if validation else "no", eval_steps=max(1, steps//4),
         train_sampling_strategy="sequential", remove_unused_columns=False, report_to="none", disable_tqdm=True,
         dataloader_pin_memory=False, prediction_loss_only=True)
     trainer = Trainer(model, args, collate, order_rows(rows, batch_size, steps, seed), validation, callbacks=[ProgressLines(name, per_step)], optimizers=(optimizer, None))
     for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "NotebookProgressCallback")]: trainer.remove_callback(c)
+    _same_training(Path(out), _fingerprint(model, rows, name, tokens, batch_size, lr, warmup, seed), name)
     resume = last_checkpoint(out)
     if resume: print(f"{name}: goes on from {resume.name}", flush=True)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with writing(out): trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer.state.log_history
 
-# %% ../../nbs/20_finetuning/00_pretrain.ipynb #3f730523
+# %% ../../nbs/20_finetuning/00_pretrain.ipynb #5d196c03
 def read_rows(
     path:str|Path # JSON lines
 ) -> list[dict]:
@@ -208,5 +224,6 @@ def pretrain(
     batch_size = max(1, round(settings.batch_tokens*len(encoded)/sum(r["length"] for r in encoded)))
     log = run_trainer(net, encoded, f"{out}_training", f"pretrain {model}", settings.tokens, batch_size, settings.muon_lr, settings.warmup_pct/100, settings.seed,
                       MuonAdamW(net, settings.muon_lr, settings.adamw_lr))
+    shutil.rmtree(f"{out}_training")
     save_checkpoint(net.float(), tokenizer, out, dict(made_by="pretrain", model=model, parameters=net.num_parameters(), settings=settings.model_dump(mode="json"), log=log))
     return log
