@@ -6,7 +6,7 @@
 __all__ = ['build', 'pruned_example']
 
 # %% ../../nbs/30_compression/05_variants.ipynb #861d9e00
-import json, shutil
+import hashlib, json, shutil
 from collections.abc import Iterator
 from pathlib import Path
 import torch
@@ -17,6 +17,7 @@ from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
 from ..finetuning.qlora import finetune
 from ..models import blocks, ffn, load_checkpoint, save_checkpoint
+from ..records import atomic_write
 from ..recipes import TECHNIQUES, Recipe, StudyError
 
 # %% ../../nbs/30_compression/05_variants.ipynb #28a152ae
@@ -48,6 +49,12 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     save_exits(out, heads, tau, agreement=s.agreement, calibrated=s.tau is None)
 
 # %% ../../nbs/30_compression/05_variants.ipynb #4250eae9
+def _made_of(technique:str, recipe:Recipe, tuned:Path, seed:int) -> dict:
+    "What a variant depends on; if any of it changes, the variant is made anew."
+    digest = hashlib.sha256()
+    for p in sorted(tuned.glob("*.safetensors")): digest.update(p.read_bytes())
+    return dict(technique=technique, seed=seed, tuned=digest.hexdigest()[:16], settings=recipe.hash("qlora", technique))
+
 def build(
     technique:str,         # one of TECHNIQUES
     recipe:Recipe,
@@ -63,7 +70,9 @@ def build(
     if technique not in TECHNIQUES: raise StudyError(f"technique: {technique!r} is not one of {', '.join(TECHNIQUES)}")
     if technique == "untuned": return pretrained, compare(pretrained, pretrained)
     if technique == "base": return tuned, compare(tuned, tuned)
-    if not (out/"config.json").exists():
+    made_of = _made_of(technique, recipe, tuned, seed)
+    if not (out/"variant.json").exists() or json.loads((out/"variant.json").read_text()) != made_of:
+        shutil.rmtree(out, ignore_errors=True)
         if technique == "early_exit": _early_exit(tuned, recipe, rows, validation, out, seed)
         else:
             model, tokenizer = load_checkpoint(tuned)
@@ -72,9 +81,10 @@ def build(
             if technique == "weight_sharing":
                 shared, verdict = share_embedding(model, recipe.weight_sharing.merge)
                 _healed(shared, tokenizer, recipe, rows, out, 0 if shared is model else recipe.weight_sharing.heal_tokens, technique, seed)
+        with atomic_write(out/"variant.json") as f: json.dump(made_of, f)
     return out, compare(tuned, out, technique)
 
-# %% ../../nbs/30_compression/05_variants.ipynb #e93f0eb0
+# %% ../../nbs/30_compression/05_variants.ipynb #98902b81
 def pruned_example(
     tuned:str|Path, # checkpoint
     recipe:Recipe,
