@@ -1,0 +1,72 @@
+# Which runs are out of date, and in which order? `slm-study run` (or `make study`) calls this; so can you:
+#   snakemake --cores 2 --config recipe=pocket            on this machine
+#   snakemake --executor slurm -j 50 --config recipe=paper   on a cluster, with the executor plugin installed
+import os, sys
+from slm_study.recipes import Run, root
+from slm_study.studies import STEPS, executed_path
+
+RECIPE, OUT = str(config.get("recipe", "pocket")), str(config.get("out", ""))
+STUDY = Run(RECIPE, out=OUT)
+R = STUDY.recipe
+STEP = f"{sys.executable} -m slm_study.studies"
+GIVEN = f"--recipe {STUDY.source} " + (f"--out {OUT}" if OUT else "")
+HALF = max(1, workflow.cores//2) if workflow.cores else 1
+
+
+def run(model=None, technique=None, seed=R.seeds[0]): return Run(RECIPE, model, technique, seed, OUT)
+def made(step, **kw): return str(STEPS[step](run(**kw)))
+def log_of(step, **kw): return str(executed_path(run(**kw), step))
+def sources(step, *folders):
+    "The notebook of a step and the modules it is made of: when they change, its results are out of date."
+    return [str(root()/"nbs"/"studies"/f"{step}.ipynb"), *sorted(str(p) for f in folders for p in (root()/"slm_study"/f).glob("*.py")), str(root()/"slm_study"/"models.py")]
+
+
+M, T, S = "{model}", "{technique}", "{seed}"
+FOLDER = str(STUDY.out)
+wildcard_constraints: seed=r"\d+", model="|".join(R.models), technique="|".join(R.techniques)
+RECORDS = [made("3_evaluate", model=m, technique=t, seed=s) for m in R.models for t in R.techniques for s in R.seeds]
+
+rule all:
+    input: made("4_results")
+
+rule records:
+    input: RECORDS
+
+rule curate:
+    input: sources("1_curate", "curation")
+    output: made("1_curate")
+    params: R.hash("data")
+    log: log_of("1_curate")
+    shell: f"{STEP} 1_curate {GIVEN}"
+
+rule pretrain:
+    input: sources("0_pretrain", ".")[:1], made("1_curate"), str(root()/"slm_study/finetuning/pretrain.py"), str(root()/"slm_study/models.py")
+    output: f"{FOLDER}/{M}/pretrained/slm_study.json"
+    params: R.hash("pretrain")
+    log: f"{FOLDER}/notebooks/0_pretrain-{M}.ipynb"
+    threads: HALF
+    shell: f"{STEP} 0_pretrain {GIVEN} --model {{wildcards.model}}"
+
+rule finetune:
+    input: sources("2_finetune", "finetuning"), made("1_curate"), f"{FOLDER}/{M}/pretrained/slm_study.json"
+    output: f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
+    params: R.hash("qlora")
+    log: f"{FOLDER}/notebooks/2_finetune-{M}-seed{S}.ipynb"
+    threads: HALF
+    shell: f"{STEP} 2_finetune {GIVEN} --model {{wildcards.model}} --seed {{wildcards.seed}}"
+
+rule evaluate:
+    # all cores: nothing else may run while a variant is timed
+    input: sources("3_evaluate", "compression", "evaluation"), made("1_curate"), f"{FOLDER}/{M}/pretrained/slm_study.json", f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
+    output: f"{FOLDER}/{M}/seed{S}/{T}/record.json"
+    params: lambda w: R.hash("evaluation", "qlora", *{"pruning", "pruning_masked", "weight_sharing", "early_exit"} & {w.technique})
+    log: f"{FOLDER}/notebooks/3_evaluate-{M}-{T}-seed{S}.ipynb"
+    threads: workflow.cores
+    shell: f"{STEP} 3_evaluate {GIVEN} --model {{wildcards.model}} --technique {{wildcards.technique}} --seed {{wildcards.seed}}"
+
+rule results:
+    input: sources("4_results", "report"), RECORDS
+    output: made("4_results")
+    params: R.hash()
+    log: log_of("4_results")
+    shell: f"{STEP} 4_results {GIVEN}"
