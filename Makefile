@@ -4,7 +4,7 @@ RECIPE ?= pocket
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 BIN    := .venv/bin
-.PHONY: study test bases lab export clean-notebooks help
+.PHONY: study test bases bench soak lab export help
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -30,6 +30,12 @@ bases: .venv/installed ## only train the base models of a recipe
 test: .venv/installed ## what CI runs: notebooks as tests, lint, and the pipeline on the smoke recipe
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES) --skip_folder_re '^[_.]|^studies$$'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: .venv/installed ## the sandbox beside a fresh interpreter per program, in one run
+	@$(BIN)/python -c "from slm_study.evaluation.sandbox import sandbox_bench; print(sandbox_bench().round(1).to_string())"
+
+soak: .venv/installed ## 10,000 programs, 2 % of them hostile, and 50 kills of the driver (minutes)
+	@$(BIN)/python tests/soak.py
 
 lab: .venv/installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb

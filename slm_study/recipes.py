@@ -84,7 +84,7 @@ class Pretrain(_Part):
     tinyllama: Size = Size()
     starcoder: Size = Size(ffn=512)
     vocab_size: Annotated[int, Field(ge=300)] = 1024
-    tokens: Positive = 2_400_000
+    tokens: Positive = 3_000_000
     batch_tokens: Positive = 4096
     muon_lr: Annotated[float, Field(gt=0)] = 0.02   # matrices
     adamw_lr: Annotated[float, Field(gt=0)] = 3e-3  # embeddings, norms, biases
@@ -101,7 +101,7 @@ class QLoRA(_Part):
     targets: Literal["all", "published"] = "all"   # published: q_proj+v_proj on TinyLlama
     lr: Annotated[float, Field(gt=0)] = 2e-3
     warmup_ratio: Ratio = 0.1
-    tokens: Positive = 400_000
+    tokens: Positive = 600_000
     batch_size: Positive = 16
     max_length: Positive = 384
     eval_steps: Positive = 100

@@ -193,9 +193,9 @@ def collect(
 # %% ../nbs/01_records.ipynb #df5c5800
 def collect_runs(
     folder:str|Path # such as runs/pocket
-) -> list[dict]: # recipe, model, technique, seed, verdict and circumstances of each run
+) -> list[dict]: # recipe, model, technique, seed, verdict, sandbox tier and circumstances of each run
     "How each record below a folder came about."
-    return [{**r["run"], "verdict": r["extra"].get("verdict"), **r["circumstances"]} for r in map(read_record, _record_paths(folder))]
+    return [{**r["run"], "verdict": r["extra"].get("verdict"), "sandbox": (r["extra"].get("sandbox") or {}).get("tier"), **r["circumstances"]} for r in map(read_record, _record_paths(folder))]
 
 # %% ../nbs/01_records.ipynb #40c81aef
 def _bad_rows(df:pd.DataFrame) -> list[tuple[pd.Series, str]]:

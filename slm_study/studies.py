@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'NEEDS', 'TAKES', 'notebook_path', 'executed_path', 'papermill_command', 'execute', 'need', 'main']
 
 # %% ../nbs/03_studies.ipynb #8c0e7a02
-import argparse, os, subprocess, sys
+import argparse, os, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 from .recipes import Run, StudyError, root
@@ -52,12 +52,15 @@ def execute(
     "Run a step's notebook in a process of its own; raises `StudyError` with the failing cell's last line."
     executed_path(run, step).parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(papermill_command(run, step), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    last, quiet = "", False
+    last, quiet, shown = "", False, 0.
     for line in process.stdout:
         line = line.rstrip()
         if line == "Traceback (most recent call last):": quiet = True   # papermill's own frames, down to the cell's
         if line.startswith("Exception encountered at"): quiet = False
         if line.startswith(_NOISE) or not line: continue
+        if "%|" in line: # a progress bar: now and then is enough in a log
+            if time.perf_counter()-shown < 5: continue
+            shown = time.perf_counter()
         last = line
         if not quiet: print(line, flush=True)
     if process.wait(): raise StudyError(f"{step}: {last}  (the executed notebook: {executed_path(run, step)})")

@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--technique", action="append", help="only this technique's records; may be repeated")
     r.add_argument("-j", "--cores", type=int, default=os.cpu_count() or 1, help="cores to use; default: all")
     r.add_argument("--out", default="", help="working folder; default: runs/<recipe>, with tables and figures in figures/<recipe>")
+    r.add_argument("--unsafe-no-sandbox", action="store_true", help="run generated programs without isolation; every record and table says so")
     r.add_argument("-n", "--dry-run", action="store_true", help="show what would be done")
     return p
 
@@ -93,5 +94,6 @@ def main(argv:list[str]|None=None) -> int: # 0 done, 1 the work failed, 2 the ca
         for t in a.technique or []: Run(a.recipe, None, t, out=a.out)
         if a.cores < 1: raise StudyError(f"--cores: {a.cores} is not at least 1")
     except StudyError as e: print(f"slm-study: {e}", file=sys.stderr); return 2
+    if a.unsafe_no_sandbox: os.environ["SLM_STUDY_UNSAFE_NO_SANDBOX"] = "1" # read by 3_evaluate, several processes down
     try: return run_study(run, a.cores, targets(run, a.model, a.technique), a.dry_run)
     except StudyError as e: print(f"slm-study: {e}", file=sys.stderr); return 1

@@ -87,7 +87,7 @@ def sample_of(
     fixed = repair(raw, task.prompt)
     valid = lambda t: parses(t) and bool(_tree(t).body)
     return dict(task_id=task.task_id, family=task.family, split=task.split, difficulty=task.difficulty, prompt=task.prompt, text=generation.text,
-                program_raw=raw, program=fixed.program, repairs=list(fixed.repairs), valid_raw=valid(raw), valid=valid(fixed.program), empty=not raw.strip(),
+                program_raw=raw, program=fixed.program, repairs=list(fixed.repairs), compiles_raw=parses(raw), valid_raw=valid(raw), valid=valid(fixed.program), empty=not raw.strip(),
                 new_tokens=generation.new_tokens, stop_reason=generation.stop_reason, generation_seconds=generation.seconds)
 
 def _judge(s, task, outcome):
@@ -133,7 +133,7 @@ def quality_metrics(
 )->list[Metric]: # of all prompts
     "The study's quality numbers; every denominator is the number of prompts."
     col = lambda k: [s[k] for s in samples]
-    syntax = [not v for v in col("valid_raw")]
+    syntax = [not v for v in col("compiles_raw")]
     low, high = wilson(sum(syntax), len(samples))
     return [_rate("inference_success_pct", [s["stop_reason"] == "eos" and not s["empty"] for s in samples]),
             Metric("syntax_errors", sum(syntax), low*len(samples), high*len(samples), len(samples)),

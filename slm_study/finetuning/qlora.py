@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from .pretrain import encode_all, last_checkpoint, read_rows, run_trainer
+from .pretrain import ATTENTION, encode_all, last_checkpoint, read_rows, run_trainer
 from ..models import architecture, load_checkpoint, save_checkpoint
 from ..recipes import QLoRA, StudyError
 
@@ -24,7 +24,7 @@ def load_4bit(
     "Algorithm 1, lines 1 and 2."
     if not (Path(checkpoint)/"config.json").exists(): raise StudyError(f"{checkpoint}: no checkpoint here; run the step that makes it")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=nf4, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=nf4, dtype=torch.float32, local_files_only=True, attn_implementation=ATTENTION)
     for m in model.modules():
         if isinstance(m, Linear4bit): m.support_avx512bf16_for_cpu = False
     return model

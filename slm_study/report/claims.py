@@ -283,7 +283,8 @@ def write_report(
     out:str|Path,                  # folder, such as figures/pocket
     manifest:dict|None=None,       # of the corpus, for figure 1
     pruned_example:dict|None=None, # arrays dense, masked, removed, for figure 2
+    note:str="",                   # a sentence for every table's caption, such as how programs were run
 ) -> list[Path]: # every file written
     "Tables, figures and claims of one study, from its records alone."
     cells(records) # refuse what cannot be shown before anything is written
-    return [*write_tables(records, out), *write_figures(records, out, manifest, pruned_example), *write_claims(records, out)]
+    return [*write_tables(records, out, note), *write_figures(records, out, manifest, pruned_example), *write_claims(records, out)]

@@ -218,7 +218,8 @@ CAPTIONS = dict(
 def write_tables(
     records:pd.DataFrame, # columns of records.csv
     out:str|Path,         # folder, such as figures/pocket
+    note:str="",          # a sentence for every caption, such as how programs were run
 ) -> list[Path]: # the files written
     "Write table_1, table_2, table_notes and table_all."
     tables = dict(table_1=table_1(records), table_2=table_2(records), table_notes=table_notes(records), table_all=table_all(records))
-    return [p for name, df in tables.items() for p in write_table(df, Path(out)/name, CAPTIONS[name])]
+    return [p for name, df in tables.items() for p in write_table(df, Path(out)/name, f"{CAPTIONS[name]} {note}".strip())]
