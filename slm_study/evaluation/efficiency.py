@@ -6,7 +6,7 @@
 __all__ = ['resident_mib', 'peak_mib', 'reset_peak', 'free_run', 'fixed_run', 'measure_here', 'summarise', 'measure']
 
 # %% ../../nbs/50_evaluation/05_efficiency.ipynb #2e9be879
-import gc, json, os, resource, subprocess, sys, tempfile, time
+import ctypes, gc, json, os, resource, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -157,5 +157,12 @@ def measure(
                       repeats=repeats, threads=threads, early_exit=early_exit))
     return summarise(raw), raw
 
-# %% ../../nbs/50_evaluation/05_efficiency.ipynb #aef6a243
-if __name__ == "__main__" and "__file__" in globals(): _child(*sys.argv[1:3])
+# %% ../../nbs/50_evaluation/05_efficiency.ipynb #fa57cf37
+def _end_with_parent():
+    "Ask Linux to kill this process when the one that started it is gone."
+    try: ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
+    except (OSError, AttributeError): pass
+
+if __name__ == "__main__" and "__file__" in globals():
+    _end_with_parent()
+    _child(*sys.argv[1:3])
