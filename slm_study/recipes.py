@@ -138,9 +138,9 @@ class Evaluation(_Part):
     batch_size: Positive = 32
     seconds: Annotated[float, Field(gt=0)] = 10.0
     memory_mib: Positive = 1024
-    latency_prompts: Positive = 20
+    latency_prompts: Positive = 60
     fixed_tokens: Positive = 64
-    repeats: Positive = 5
+    repeats: Positive = 40
     threads: Positive = 1
 
 # %% ../nbs/00_recipes.ipynb #846dac46

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'HATCHES', 'MARKERS', 'MODEL_NAMES', 'FIGURES', 'set_style', 'figure_4a', 'figure_4b', 'figure_5a',
            'figure_5b', 'figure_6a', 'figure_6b', 'figure_quality_vs_time', 'figure_funnel', 'figure_1', 'figure_2',
-           'pruned_matrices', 'figure_3', 'save_figure', 'write_figures']
+           'figure_3', 'save_figure', 'write_figures']
 
 # %% ../../nbs/60_report/01_figures.ipynb #f8127c9b
 import io, os
@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from safetensors import safe_open
 from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -258,23 +257,6 @@ def figure_2(
     return axes
 
 # %% ../../nbs/60_report/01_figures.ipynb #2b74d11b
-_FIRST_FFN = ("model.layers.0.mlp.gate_proj.weight", "transformer.h.0.mlp.c_fc.weight")
-
-def pruned_matrices(
-    dense:str|Path,   # checkpoint folder of base
-    masked:str|Path,  # of pruning_masked
-    removed:str|Path, # of pruning
-) -> dict: # arrays dense, masked, removed, as figure_2 takes them
-    "The first feed-forward matrix of three checkpoints."
-    out = {}
-    for name, folder in dict(dense=dense, masked=masked, removed=removed).items():
-        file = Path(folder)/"model.safetensors"
-        try:
-            with safe_open(file, framework="numpy") as f: out[name] = next(f.get_tensor(k) for k in _FIRST_FFN if k in f.keys())
-        except Exception as e: raise StudyError(f"{file}: no feed-forward matrix can be read for figure 2 ({type(e).__name__}); run the study again") from None
-    return out
-
-# %% ../../nbs/60_report/01_figures.ipynb #878d7c5f
 def figure_3(
     records:pd.DataFrame|None=None, # columns of records.csv; None draws the pipeline alone
 ) -> plt.Axes:
@@ -297,7 +279,7 @@ def figure_3(
     ax.set_title("Evaluation" + (f", TinyLlama base, {_recipe(records)}" if ours else ""), loc="left")
     return ax
 
-# %% ../../nbs/60_report/01_figures.ipynb #a9f6f8ea
+# %% ../../nbs/60_report/01_figures.ipynb #878d7c5f
 def save_figure(
     fig:plt.Figure, # drawn
     stem:str|Path,  # path without suffix
@@ -312,7 +294,7 @@ def save_figure(
     plt.close(fig)
     return out
 
-# %% ../../nbs/60_report/01_figures.ipynb #52d9e3c3
+# %% ../../nbs/60_report/01_figures.ipynb #38980a38
 FIGURES = dict(figure_4a=figure_4a, figure_4b=figure_4b, figure_5a=figure_5a, figure_5b=figure_5b, figure_6a=figure_6a, figure_6b=figure_6b,
                figure_quality_vs_time=figure_quality_vs_time, figure_funnel=figure_funnel, figure_3=figure_3)
 
