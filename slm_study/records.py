@@ -226,8 +226,8 @@ def write_csv(
     df:pd.DataFrame, # columns COLUMNS
     path:str|Path
 ):
-    "Write records.csv atomically; floats with 6 significant digits keep the diff small."
-    with atomic_write(path) as f: df.to_csv(f, index=False, float_format="%.6g", lineterminator="\n")
+    "Write records.csv atomically; ten significant digits keep a count of a billion exact."
+    with atomic_write(path) as f: df.to_csv(f, index=False, float_format="%.10g", lineterminator="\n")
 
 def read_csv(path:str|Path) -> pd.DataFrame: # columns COLUMNS
     "Read and check a records.csv."
