@@ -88,7 +88,7 @@ def test_a_killed_worker_is_no_verdict_about_the_program(box):
     assert [o.stdout for o in outs] == ["1\n"]*4
 
 def test_interrupt_leaves_nothing():
-    code = "import sys; sys.path.insert(0, {!r})\nfrom slm_study.evaluation.sandbox import Sandbox\nwith Sandbox(workers=2, preload=('json',), calibrate=False) as b:\n    print(*[p for w in b.pool for p in w.wait_ready().pids], b.scratch, flush=True)\n    b.run_many(['while True: pass']*8, progress=False)"
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.insert(0, {!r})\nfrom slm_study.evaluation.sandbox import Sandbox\nwith Sandbox(workers=2, preload=('json',), calibrate=False) as b:\n    print(*[p for w in b.pool for p in w.wait_ready().pids], b.scratch, flush=True)\n    b.run_many(['while True: pass']*8, progress=False)"
     p = subprocess.Popen([sys.executable, "-c", code.format(str(Path(__file__).parents[1]))], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     *pids, scratch = p.stdout.readline().split()
     assert len(pids) >= 4
