@@ -104,7 +104,6 @@ class QLoRA(_Part):
     tokens: Positive = 600_000
     batch_size: Positive = 16
     max_length: Positive = 384
-    eval_steps: Positive = 100
 
 # %% ../nbs/00_recipes.ipynb #20cf65b8
 class PruningMasked(_Part):
