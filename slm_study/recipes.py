@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'TECHNIQUES', 'TECHNIQUE_NAMES', 'Ratio', 'Positive', 'Count', 'StudyError', 'root', 'Sources', 'Caps',
-           'Data', 'Size', 'Pretrain', 'QLoRA', 'PruningMasked', 'Pruning', 'WeightSharing', 'EarlyExit', 'Evaluation',
-           'Recipe', 'one_line', 'recipe_names', 'load_recipe', 'check_parameters', 'Run']
+           'Data', 'Size', 'Bases', 'Pretrain', 'QLoRA', 'PruningMasked', 'Pruning', 'WeightSharing', 'EarlyExit',
+           'Evaluation', 'Recipe', 'one_line', 'recipe_names', 'load_recipe', 'check_parameters', 'Run']
 
 # %% ../nbs/00_recipes.ipynb #ca5f6fab
 import os
@@ -78,6 +78,11 @@ class Size(_Part):
     kv_heads: Positive = 2     # Llama only; GPTBigCode has one
     ffn: Annotated[int, Field(gt=0, multiple_of=32)] = 384
     positions: Positive = 512
+
+class Bases(_Part):
+    "Where each base model comes from: trained here from scratch, or a checkpoint's folder."
+    tinyllama: str = "train"
+    starcoder: str = "train"
 
 class Pretrain(_Part):
     "Training of the small base models from scratch."
@@ -156,6 +161,7 @@ class Recipe(_Part):
     techniques: Annotated[tuple[Literal[TECHNIQUES], ...], AfterValidator(_unique)] = TECHNIQUES
     seeds: Annotated[tuple[Count, ...], AfterValidator(_unique)] = (0,)
     data: Data = Data()
+    bases: Bases = Bases()
     pretrain: Pretrain = Pretrain()
     qlora: QLoRA = QLoRA()
     pruning_masked: PruningMasked = PruningMasked()
@@ -209,13 +215,13 @@ def _read_yaml(path:Path) -> dict:
     return data
 
 # %% ../nbs/00_recipes.ipynb #a780b795
-def _local(source:str, path:Path) -> str:
-    "A source's path made absolute: relative to the recipe's file, else to the project."
-    if source == "embedded": return source
+def _local(source:str, path:Path, key:str, word:str) -> str:
+    "A path of a recipe made absolute: relative to the recipe's file, else to the project; `word` stands for no path."
+    if source == word: return source
     tried = [Path(source).expanduser()] if Path(source).expanduser().is_absolute() else [path.parent/source, root()/source]
     for p in tried:
         if p.exists(): return str(p.resolve())
-    raise StudyError(f"{path}: data.sources: {source}: no such file; write \"embedded\" or the path of a local copy")
+    raise StudyError(f"{path}: {key}: {source}: no such file; write \"{word}\" or the path of a local copy")
 
 def load_recipe(
     name:str|Path # a name such as "pocket", or the path of a YAML file
@@ -228,8 +234,9 @@ def load_recipe(
     except ValidationError as e: raise StudyError(one_line(e, str(path))) from None
     except TypeError as e: raise StudyError(f"{path}: {e}; quote that value") from None
     if not path.is_absolute(): path = path.resolve()
-    sources = {k: _local(v, path) for k, v in recipe.data.sources.model_dump().items()}
-    return recipe.model_copy(update=dict(data=recipe.data.model_copy(update=dict(sources=Sources(**sources)))))
+    sources = {k: _local(v, path, "data.sources", "embedded") for k, v in recipe.data.sources.model_dump().items()}
+    bases = {k: _local(v, path, "bases", "train") for k, v in recipe.bases.model_dump().items()}
+    return recipe.model_copy(update=dict(data=recipe.data.model_copy(update=dict(sources=Sources(**sources))), bases=Bases(**bases)))
 
 # %% ../nbs/00_recipes.ipynb #0289dc2b
 _IPYTHON = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -269,7 +276,9 @@ class Run:
     @property
     def corpus(self) -> Path: return self.out/"corpus"                                          # 1_curate
     @property
-    def pretrained(self) -> Path: return self.out/self.model/"pretrained"                        # 0_pretrain
+    def pretrained(self) -> Path:                                                                # 0_pretrain, or shipped
+        base = getattr(self.recipe.bases, self.model)
+        return self.out/self.model/"pretrained" if base == "train" else Path(base)
     @property
     def tuned(self) -> Path: return self.out/self.model/f"seed{self.seed}"/"tuned"               # 2_finetune
     @property
