@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'train_tokenizer', 'encode', 'encode_all', 'collate', 'split_parameters', 'MuonAdamW', 'ProgressLines',
-           'last_checkpoint', 'steps_for', 'order_rows', 'use_threads', 'run_trainer', 'read_rows', 'pretrain']
+           'last_checkpoint', 'steps_for', 'order_rows', 'use_threads', 'run_trainer', 'read_rows', 'pretrain',
+           'base_hash', 'ship']
 
-# %% ../../nbs/20_finetuning/00_pretrain.ipynb #01a5d1c1
+# %% ../../nbs/20_finetuning/00_pretrain.ipynb #fd9f03ba
 import hashlib, json, math, os, random, shutil, time, warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
-from ..models import PAD, config_for, lm_head, input_embedding, save_checkpoint
+from ..models import PAD, architecture, blocks, config_for, lm_head, load_checkpoint, save_checkpoint
 from ..recipes import MODELS, Pretrain, Size, StudyError
 from ..records import atomic_write, writing
 
@@ -229,3 +230,43 @@ def pretrain(
     shutil.rmtree(f"{out}_training")
     save_checkpoint(net.float(), tokenizer, out, dict(made_by="pretrain", model=model, parameters=net.num_parameters(), settings=settings.model_dump(mode="json"), log=log))
     return log
+
+# %% ../../nbs/20_finetuning/00_pretrain.ipynb #74917016
+_CARD = """# {model}: a small base model of this project
+
+{about} Architecture {architecture}, {parameters:,} parameters in {layers} layers, {dtype}; vocabulary {vocabulary}.
+
+| | |
+|---|---|
+| recipe | `recipes/{recipe}.yaml`, hash of its settings {recipe_hash} |
+| tokens seen | {tokens:,} |
+| loss at the end | {loss:.3f} nats per token, on programs only |
+| right answers, no tuning | {right} of {n} test tasks: {splits} |
+| sha256 of the weights | {sha256} |
+
+Made by `make bases`. It writes short Python programs in slots for requests in this project's form and knows nothing else. Licence: the project's.
+"""
+
+def base_hash(
+    recipe # slm_study.recipes.Recipe
+) -> str: # 12 hexadecimal digits
+    "Fingerprint of the settings that a base depends on."
+    return recipe.hash("data", "pretrain")
+
+def ship(
+    checkpoint:str|Path, # of `pretrain`
+    folder:str|Path,     # where the base will stand, 16-bit
+    recipe,              # slm_study.recipes.Recipe it was trained by
+    score:dict           # right, n, splits {name: per cent}
+) -> dict: # the card's facts
+    "Copy a trained base in bf16, with its card."
+    net, tokenizer = load_checkpoint(checkpoint, torch.bfloat16)
+    made = json.loads((Path(checkpoint)/"slm_study.json").read_text())
+    facts = dict(made_by="pretrain", model=made["model"], recipe=recipe.name, recipe_hash=base_hash(recipe), about=recipe.about + ".", architecture=architecture(net), parameters=net.num_parameters(),
+                 layers=len(blocks(net)), dtype="bf16", vocabulary=net.config.vocab_size, tokens=recipe.pretrain.tokens, loss=[e["loss"] for e in made["log"] if "loss" in e][-1], score=score, log=made["log"])
+    save_checkpoint(net, tokenizer, folder, facts)
+    facts["sha256"] = hashlib.sha256((Path(folder)/"model.safetensors").read_bytes()).hexdigest()
+    with atomic_write(Path(folder)/"slm_study.json") as f: json.dump(facts, f, indent=1)
+    splits = ", ".join(f"{k} {v:.0f} %" for k, v in score["splits"].items())
+    with atomic_write(Path(folder)/"README.md") as f: f.write(_CARD.format(**facts | dict(right=score["right"], n=score["n"], splits=splits)))
+    return facts
