@@ -23,9 +23,9 @@ help: ## show this
 study: .venv/installed ## run a study to its tables and figures; RECIPE=smoke for a small one
 	@$(BIN)/slm-study run --recipe $(RECIPE) --cores $(CORES)
 
-bases: .venv/installed ## only train the base models of a recipe
-	@$(BIN)/python -m slm_study.studies 0_pretrain --recipe $(RECIPE) --model tinyllama
-	@$(BIN)/python -m slm_study.studies 0_pretrain --recipe $(RECIPE) --model starcoder
+bases: .venv/installed ## train the two base models of bases/ anew: an hour on two cores
+	@mkdir -p runs/bases
+	@$(BIN)/python -m snakemake bases --snakefile Snakefile --directory runs/bases --cores $(CORES) --config recipe=bases --nolock --rerun-incomplete --quiet host reason
 
 test: .venv/installed ## what CI runs: notebooks as tests, lint, and the pipeline on the smoke recipe
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES) --skip_folder_re '^[_.]|^studies$$'

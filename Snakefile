@@ -14,6 +14,7 @@ HALF = max(1, workflow.cores//2) if workflow.cores else 1
 
 
 def run(model=None, technique=None, seed=R.seeds[0]): return Run(RECIPE, model, technique, seed, OUT)
+def base(w): return made("0_pretrain", model=w.model) # trained by the rule below, or shipped
 def made(step, **kw): return str(STEPS[step](run(**kw)))
 def log_of(step, **kw): return str(executed_path(run(**kw), step))
 def sources(step, *folders):
@@ -32,6 +33,9 @@ rule all:
 rule records:
     input: RECORDS
 
+rule bases: # for `make bases`
+    input: [made("0_pretrain", model=m) for m in R.models]
+
 rule curate:
     input: sources("1_curate", "curation")
     output: made("1_curate")
@@ -48,7 +52,7 @@ rule pretrain:
     shell: f"{STEP} 0_pretrain {GIVEN} --model {{wildcards.model}}"
 
 rule finetune:
-    input: sources("2_finetune", "finetuning"), made("1_curate"), f"{FOLDER}/{M}/pretrained/slm_study.json"
+    input: sources("2_finetune", "finetuning"), made("1_curate"), base
     output: f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
     params: R.hash("qlora")
     log: f"{FOLDER}/notebooks/2_finetune-{M}-seed{S}.ipynb"
@@ -57,7 +61,7 @@ rule finetune:
 
 rule evaluate:
     # all cores: nothing else may run while a variant is timed
-    input: sources("3_evaluate", "compression", "evaluation"), made("1_curate"), f"{FOLDER}/{M}/pretrained/slm_study.json", f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
+    input: sources("3_evaluate", "compression", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
     output: f"{FOLDER}/{M}/seed{S}/{T}/record.json"
     params: lambda w: R.hash("evaluation", "qlora", *{"pruning", "pruning_masked", "weight_sharing", "early_exit"} & {w.technique})
     log: f"{FOLDER}/notebooks/3_evaluate-{M}-{T}-seed{S}.ipynb"
