@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 import hashlib, json
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/00_recipes.ipynb #427ebf78
 class StudyError(ValueError):
@@ -104,11 +104,32 @@ class QLoRA(_Part):
     dropout: Ratio = 0.05
     double_quant: bool = True
     targets: Literal["all", "published"] = "all"   # published: q_proj+v_proj on TinyLlama
+    compute: Literal["bf16", "fp16"] = "bf16"      # of the inner matrices
+    loss_on: Literal["program", "text", "padding"] = "program" # text: prompt as well; padding: everything, as published
     lr: Annotated[float, Field(gt=0)] = 2e-3
     warmup_ratio: Ratio = 0.1
+    grad_norm: Annotated[float, Field(gt=0)] = 1.0
     tokens: Positive = 600_000
-    batch_size: Positive = 16
+    epochs: Count = 0          # passes over the rows; 0: `tokens` decides
+    batch_size: Positive = 16  # rows of an optimizer step
+    accumulate: Positive = 1   # parts that a step's rows are computed in
     max_length: Positive = 384
+    checkpointing: bool = False # compute activations again in the backward pass: less memory, more time
+    patience: Count = 3         # validation losses without a new best before training stops; 0: never
+    only: dict[Literal[MODELS], dict] = {} # what is different for one model, such as {starcoder: {lr: 3e-4}}
+
+    def of(self, model:str) -> "QLoRA":
+        "The settings of one model."
+        return QLoRA.model_validate_json(json.dumps({**self.model_dump(mode="json", exclude={"only"}), **self.only.get(model, {})}))
+
+    @model_validator(mode="after")
+    def _each(self):
+        for model, given in self.only.items():
+            if "only" in given: raise ValueError(f"only.{model}: holds settings, not another `only`")
+            try: self.of(model)
+            except ValidationError as e: raise ValueError(one_line(e, f"only.{model}", QLoRA)) from None
+        if self.batch_size % self.accumulate: raise ValueError(f"batch_size {self.batch_size} cannot be split into accumulate = {self.accumulate} equal parts")
+        return self
 
 # %% ../nbs/00_recipes.ipynb #20cf65b8
 class PruningMasked(_Part):
