@@ -9,7 +9,7 @@ __all__ = ['ATTENTION', 'train_tokenizer', 'encode', 'encode_all', 'collate', 's
 
 # %% ../../nbs/20_finetuning/00_pretrain.ipynb #fd9f03ba
 import hashlib, json, math, os, random, shutil, time, warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -107,6 +107,7 @@ class ProgressLines(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kw):
         if not logs or "loss" not in logs: return
         if not math.isfinite(float(logs["loss"])): raise StudyError(f"{self.name}: the loss is {logs['loss']} at step {state.global_step}; lower the learning rate in the recipe")
+        if not state.is_world_process_zero: return
         took, done = time.perf_counter()-self.start, state.global_step-self.first
         left = took/max(done, 1)*(state.max_steps-state.global_step)
         print(f"{self.name}: {100*state.global_step/state.max_steps:3.0f} %  loss {float(logs['loss']):.3f}  {done*self.tokens_per_step/took:,.0f} tokens/s  {left:.0f} s left", flush=True)
@@ -119,11 +120,14 @@ def _fingerprint(model, rows, *settings) -> str:
     return h.hexdigest()[:16]
 
 def _same_training(out:Path, fingerprint:str, name:str):
-    "Forget the checkpoints in `out` if they are of a training with other weights, data or settings."
+    "Set aside the checkpoints in `out` if they are of a training with other weights, data or settings."
     mark = out/"fingerprint"
-    if out.exists() and (not mark.exists() or mark.read_text() != fingerprint):
-        print(f"{name}: model, data or recipe have changed since {out.name} was begun; it starts anew", flush=True)
-        shutil.rmtree(out)
+    before = mark.read_text() if mark.exists() else None
+    if before != fingerprint and last_checkpoint(out):
+        aside = out.with_name(f"{out.name}_{before or 'unknown'}")
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+        print(f"{name}: model, data or recipe have changed since {out.name} was begun; it starts anew, and what was there is now {aside.name}", flush=True)
     with atomic_write(mark) as f: f.write(fingerprint)
 
 def last_checkpoint(
@@ -175,21 +179,28 @@ def run_trainer(
     lr:float, warmup:float,     # peak learning rate; fraction of the steps, [0, 1)
     seed:int,
     optimizer=None,             # None: AdamW
-    validation:list[dict]|None=None # rows for a validation loss at the end of each tenth
+    validation:list[dict]|None=None, # rows for a validation loss at the end of each tenth
+    accumulate:int=1,           # parts that a step's rows are computed in, by each process
+    collator:Callable=collate,  # rows to a batch
+    callbacks:Sequence=(),      # more of Trainer's
+    **given                     # TrainingArguments other than those below
 ) -> list[dict]: # Trainer's log: step, loss, eval_loss
-    "Train with transformers' Trainer; resumes by itself."
+    "Train with transformers' Trainer, in as many processes as `accelerate launch` started; resumes by itself."
     use_threads()
-    batch_size = min(batch_size, len(rows))
+    parts = accumulate*int(os.environ.get("WORLD_SIZE", 1))
+    batch_size = min(batch_size, len(rows))//parts*parts
+    if not batch_size: raise StudyError(f"{name}: {len(rows)} rows in steps of {parts} parts: too few; lower accumulate, or start fewer processes")
     steps, per_step = steps_for(rows, tokens, batch_size)
-    every = max(1, steps//20)
-    args = TrainingArguments(output_dir=str(out), per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size, max_steps=steps, learning_rate=lr,
-        warmup_steps=int(warmup*steps), lr_scheduler_type="cosine", max_grad_norm=1.0, bf16=True, use_cpu=not torch.cuda.is_available(), seed=seed, data_seed=seed,
-        logging_steps=every, logging_first_step=True, save_steps=max(1, steps//10), save_total_limit=2, eval_strategy="steps" if validation else "no", eval_steps=max(1, steps//4),
-        train_sampling_strategy="sequential", remove_unused_columns=False, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, prediction_loss_only=True)
-    trainer = Trainer(model, args, collate, order_rows(rows, batch_size, steps, seed), validation, callbacks=[ProgressLines(name, per_step)], optimizers=(optimizer, None))
+    tenth = max(1, steps//10)
+    settings = dict(max_grad_norm=1.0, bf16=True, save_steps=tenth, save_total_limit=2) | (dict(eval_strategy="steps", eval_steps=tenth) if validation else {}) | given
+    args = TrainingArguments(output_dir=str(out), per_device_train_batch_size=batch_size//parts, gradient_accumulation_steps=accumulate, per_device_eval_batch_size=batch_size//parts,
+        max_steps=steps, learning_rate=lr, warmup_steps=int(warmup*steps), lr_scheduler_type="cosine", use_cpu=not torch.cuda.is_available(), seed=seed, data_seed=seed,
+        logging_steps=max(1, steps//20), logging_first_step=True, logging_nan_inf_filter=False, train_sampling_strategy="sequential", remove_unused_columns=False,
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=False, prediction_loss_only=True, **settings)
+    trainer = Trainer(model, args, collator, order_rows(rows, batch_size, steps, seed), validation, callbacks=[ProgressLines(name, per_step), *callbacks], optimizers=(optimizer, None))
     for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "NotebookProgressCallback")]: trainer.remove_callback(c)
-    _same_training(Path(out), _fingerprint(model, rows, name, tokens, batch_size, lr, warmup, seed), name)
+    with args.main_process_first():
+        if args.process_index == 0: _same_training(Path(out), _fingerprint(model, rows, name, tokens, batch_size, lr, warmup, seed, *([sorted(given.items())] if given else [])), name)
     resume = last_checkpoint(out)
     if resume: print(f"{name}: goes on from {resume.name}", flush=True)
     with writing(out): trainer.train(resume_from_checkpoint=str(resume) if resume else None)
