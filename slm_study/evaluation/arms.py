@@ -33,7 +33,7 @@ def reset_peak() -> bool: # False where the system cannot
     except OSError: return False
     return True
 
-# %% ../../nbs/50_evaluation/04b_arms.ipynb #699bf20e
+# %% ../../nbs/50_evaluation/04b_arms.ipynb #f52e1248
 def _prepared(model, prepare):
     "The model as `prepare(model)` of a Python file leaves it."
     if not prepare: return model
@@ -56,6 +56,7 @@ class TorchArm:
         a = audit(model, spec["path"])
         heads = a["exit_parameters"] if self.exits else 0
         self.weight_bytes, self.kv_bytes = a["weight_bytes"] + a["buffer_bytes"] + 4*heads, a["kv_bytes_per_token"]
+        self.columns = max(map(len, spec["prompts"])) + max(spec["fixed_tokens"], spec["max_new_tokens"]) # of the longest run's cache
         self.sizes, self.layers = {**{k: a[k] + heads for k in ("parameters", "matmul_parameters")}, "disk_mib": a["disk_mib"]}, model.config.num_hidden_layers
 
     def run(self, rows, tokens, ignore_eos):
@@ -66,7 +67,7 @@ class TorchArm:
         if ignore_eos and len(got.tokens[0]) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {width}; lower evaluation.fixed_tokens")
         return got.tokens, got.stop_reasons, got.prefill_s, got.decode_s, 100*float(np.mean(got.layers_run[0]))/self.layers
 
-# %% ../../nbs/50_evaluation/04b_arms.ipynb #60d1ea6f
+# %% ../../nbs/50_evaluation/04b_arms.ipynb #503c9b94
 class LlamaCppArm:
     "A GGUF file, run by llama.cpp; this process never imports torch."
     def __init__(self, spec):
@@ -75,6 +76,7 @@ class LlamaCppArm:
         self.spec, self.llama, self.libraries_mib = spec, llama_cpp, resident_mib()
         self.model = self._open(1)
         self.weight_bytes, self.kv_bytes = self.model.lib.llama_model_size(self.model.model), spec["kv_bytes"]
+        self.columns = self.model.lib.llama_n_ctx(self.model.context)
         self.sizes = dict(parameters=self.model.lib.llama_model_n_params(self.model.model), disk_mib=Path(spec["path"]).stat().st_size/2**20)
 
     def _open(self, sequences): # only as many positions as the work needs
@@ -90,7 +92,7 @@ class LlamaCppArm:
         if ignore_eos and len(got.tokens) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {len(rows[0])}; lower evaluation.fixed_tokens")
         return [got.tokens], [got.stop_reason], got.prefill_s, got.decode_s, 100.
 
-# %% ../../nbs/50_evaluation/04b_arms.ipynb #b29c6f20
+# %% ../../nbs/50_evaluation/04b_arms.ipynb #17ba92fb
 def work(
     arm,       # TorchArm or LlamaCppArm
     kind:str,  # fixed, free, batch or memory
@@ -100,8 +102,7 @@ def work(
     s = arm.spec
     at = lambda j: s["prompts"][j % len(s["prompts"])]
     if kind == "memory":
-        columns = max(map(len, s["prompts"])) + max(s["fixed_tokens"], s["max_new_tokens"])
-        return dict(libraries_mib=arm.libraries_mib, weights_mib=arm.weight_bytes/2**20, kv_mib=columns*arm.kv_bytes/2**20, peak_mib=peak_mib())
+        return dict(libraries_mib=arm.libraries_mib, weights_mib=arm.weight_bytes/2**20, kv_mib=arm.columns*arm.kv_bytes/2**20, peak_mib=peak_mib())
     if kind == "free":
         start = time.perf_counter()
         tokens, why, prefill, _, layers = arm.run([at(i)], s["max_new_tokens"], False)

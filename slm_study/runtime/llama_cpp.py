@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL: # llama.cpp
 
 def _why(): return next(iter(_loaded["errors"]), "no reason given")[:160]
 
-# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #5ff486c9
+# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #e1e3aae5
 class Llama:
     "A GGUF file in memory; a context manager."
     def __init__(self,
@@ -67,7 +67,7 @@ class Llama:
         if not self.model: raise StudyError(f"{path}: llama.cpp cannot load it: {_why()}; export it again")
         self.vocab, known = self.lib.llama_model_get_vocab(self.model), self.lib.llama_model_n_ctx_train(self.model)
         self.size, self.positions = self.lib.llama_vocab_n_tokens(self.vocab), min(positions or known, known)
-        params, width = self.lib.llama_context_default_params(), max(32, min(512, self.positions))
+        params, width = self.lib.llama_context_default_params(), min(512, self.positions)
         want = self.positions*sequences, width, width, sequences
         params.raw[:4] = want
         self.context = self.lib.llama_init_from_model(self.model, params)
