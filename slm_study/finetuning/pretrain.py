@@ -183,6 +183,7 @@ def run_trainer(
     accumulate:int=1,           # parts that a step's rows are computed in, by each process
     collator:Callable=collate,  # rows to a batch
     callbacks:Sequence=(),      # more of Trainer's
+    made_by:str="",             # what else the result depends on: checkpoints of another are set aside
     **given                     # TrainingArguments other than those below
 ) -> list[dict]: # Trainer's log: step, loss, eval_loss
     "Train with transformers' Trainer, in as many processes as `accelerate launch` started; resumes by itself."
@@ -200,7 +201,7 @@ def run_trainer(
     trainer = Trainer(model, args, collator, order_rows(rows, batch_size, steps, seed), validation, callbacks=[ProgressLines(name, per_step), *callbacks], optimizers=(optimizer, None))
     for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "NotebookProgressCallback")]: trainer.remove_callback(c)
     with args.main_process_first():
-        if args.process_index == 0: _same_training(Path(out), _fingerprint(model, rows, name, tokens, batch_size, lr, warmup, seed, *([sorted(given.items())] if given else [])), name)
+        if args.process_index == 0: _same_training(Path(out), _fingerprint(model, rows, name, tokens, batch_size, lr, warmup, seed, *([made_by, sorted(given.items())] if made_by or given else [])), name)
     resume = last_checkpoint(out)
     if resume: print(f"{name}: goes on from {resume.name}", flush=True)
     with writing(out): trainer.train(resume_from_checkpoint=str(resume) if resume else None)
