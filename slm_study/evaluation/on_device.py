@@ -61,12 +61,12 @@ def judge_again(
     for i, s in zip(new, judged): out[i] = {**s, "task_id": tasks[i].task_id}
     return out
 
-# %% ../../nbs/50_evaluation/06_on_device.ipynb #13026517
+# %% ../../nbs/50_evaluation/06_on_device.ipynb #d562992e
 BITS = ("correct", "executed", "valid", "valid_raw")
 
 def outcome_bits(
     samples:list[dict] # from `evaluate_samples`, in the order of the tasks
-) -> dict: # JSON-able: n, prompts (fingerprint), one string of 0 and 1 per question
+) -> dict: # JSON-able: n, prompts (fingerprint of the tasks), one string of 0 and 1 per question
     "Every prompt's outcome in a few strings."
-    digest = hashlib.sha256("\n".join(f"{s['task_id']}\t{s['prompt']}" for s in samples).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join(f"{s['task_id']} {s['family']} {s['split']} {s['difficulty']}" for s in samples).encode()).hexdigest()[:12]
     return dict(n=len(samples), prompts=digest, **{k: "".join("01"[bool(s[k])] for s in samples) for k in BITS})
