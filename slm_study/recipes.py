@@ -43,7 +43,7 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
 class Sources(_Part):
-    "Where each of eq. 1's four sources comes from: the embedded sample, or a local file in the original schema."
+    "Where each of eq. 1's four sources comes from: the sample (`embedded`), the original (`hub`), or a local copy."
     scidocs: str = "embedded"
     astronomy: str = "embedded"
     science: str = "embedded"
@@ -60,6 +60,7 @@ class Caps(_Part):
 class Data(_Part):
     "What is curated."
     sources: Sources = Sources()
+    missing_sources: Literal["stop", "skip"] = "stop" # a source that is gated or cannot be reached; skip: go on, and say so in the manifest
     caps: Caps = Caps()
     slots: bool = True              # replace column names, values and numbers by placeholders
     published_prompts: bool = False # the published wording for the sources' prompts
@@ -236,13 +237,13 @@ def _read_yaml(path:Path) -> dict:
     return data
 
 # %% ../nbs/00_recipes.ipynb #a780b795
-def _local(source:str, path:Path, key:str, word:str) -> str:
-    "A path of a recipe made absolute: relative to the recipe's file, else to the project; `word` stands for no path."
-    if source == word: return source
+def _local(source:str, path:Path, key:str, *words:str) -> str:
+    "A path of a recipe made absolute: relative to the recipe's file, else to the project; `words` stand for no path."
+    if source in words: return source
     tried = [Path(source).expanduser()] if Path(source).expanduser().is_absolute() else [path.parent/source, root()/source]
     for p in tried:
         if p.exists(): return str(p.resolve())
-    raise StudyError(f"{path}: {key}: {source}: no such file; write \"{word}\" or the path of a local copy")
+    raise StudyError(f"{path}: {key}: {source}: no such file; write {' or '.join(map(repr, words))}, or the path of a local copy")
 
 def load_recipe(
     name:str|Path # a name such as "pocket", or the path of a YAML file
@@ -255,7 +256,7 @@ def load_recipe(
     except ValidationError as e: raise StudyError(one_line(e, str(path))) from None
     except TypeError as e: raise StudyError(f"{path}: {e}; quote that value") from None
     if not path.is_absolute(): path = path.resolve()
-    sources = {k: _local(v, path, "data.sources", "embedded") for k, v in recipe.data.sources.model_dump().items()}
+    sources = {k: _local(v, path, "data.sources", "embedded", "hub") for k, v in recipe.data.sources.model_dump().items()}
     bases = {k: _local(v, path, "bases", "train") for k, v in recipe.bases.model_dump().items()}
     return recipe.model_copy(update=dict(data=recipe.data.model_copy(update=dict(sources=Sources(**sources))), bases=Bases(**bases)))
 
