@@ -66,7 +66,7 @@ def merge_gap(
     return dict(logit_difference=(a-b).abs().mean().item(), logit_spread=b.std().item(), same_choice=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
                 loss_4bit=x.loss.item(), loss_merged=y.loss.item())
 
-# %% ../../nbs/20_finetuning/01_qlora.ipynb #92228c26
+# %% ../../nbs/20_finetuning/01_qlora.ipynb #f2219527
 NAMES = {"llama": "tinyllama", "gpt_bigcode": "starcoder"} # of architectures, in recipes
 
 def _prepared(checkpoint, rows, settings, name):
@@ -106,7 +106,8 @@ def finetune(
     with atomic_folder(f"{out}_adapter") as folder: net.save_pretrained(folder)
     merged = merge(checkpoint, f"{out}_adapter")
     gap = merge_gap(net, merged, (check or training_rows(tokenizer, rows[:16], limit))[:16])
-    save_checkpoint(merged, tokenizer, out, dict(made_by="finetune", base=Path(checkpoint).name, seed=seed, settings=settings.model_dump(mode="json"), merging=gap, log=log))
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    save_checkpoint(merged, tokenizer, out, dict(made_by="finetune", base=Path(checkpoint).name, seed=seed, processes=processes, settings=settings.model_dump(mode="json"), merging=gap, log=log))
     shutil.rmtree(f"{out}_training")
     return log
 
