@@ -9,8 +9,8 @@ from slm_study.report.claims import VERDICTS, ledger, write_report
 from slm_study.report.figures import figure_1, figure_4a, figure_6a, figure_funnel, plt
 from slm_study.report.tables import made_up_records, table_1, table_2, table_all, table_notes
 
-TABLES = [f"{t}.{s}" for t in ("table_1", "table_2", "table_notes", "table_all") for s in ("csv", "md", "tex")]
-FIGURES = [f"figure_{f}.{s}" for f in ("1", "2", "3", "4a", "4b", "5a", "5b", "6a", "6b", "quality_vs_time", "funnel") for s in ("svg", "png")]
+TABLES = [f"{t}.{s}" for t in ("table_1", "table_2", "table_notes", "table_all", "table_vs_base", "table_device") for s in ("csv", "md", "tex")]
+FIGURES = [f"figure_{f}.{s}" for f in ("1", "2", "3", "4a", "4b", "5a", "5b", "6a", "6b", "quality_vs_time", "noise", "memory", "funnel") for s in ("svg", "png")]
 
 WITHOUT_TORCH = """
 import sys
@@ -42,7 +42,7 @@ def test_everything_is_written_without_torch(report):
 def test_one_record_changes_only_what_uses_it(report, tmp_path):
     from slm_study.records import read_csv
     records = read_csv(report.parent/"records.csv")
-    here = (records.model == "starcoder") & (records.technique == "pruning") & (records.metric == "latency_ms")
+    here = (records.model == "starcoder") & (records.technique == "pruning") & (records.metric == "latency_ms") & (records.backend == "torch")
     assert here.sum() == 1
     changed = records.copy()
     changed.loc[here, ["value", "low", "high"]] *= .5
@@ -51,6 +51,19 @@ def test_one_record_changes_only_what_uses_it(report, tmp_path):
     assert differ == {f"{t}.{s}" for t in ("table_1", "table_notes", "table_all") for s in ("csv", "md", "tex")} | {"figure_4a.svg", "figure_4a.png"}
     cells = (pd.read_csv(report/"table_1.csv") != pd.read_csv(tmp_path/"out"/"table_1.csv")).sum().sum()
     assert cells == 1
+
+@pytest.mark.parametrize("backend, metric, tables, figures", [
+    ("torch", "time_ratio", {"table_all", "table_vs_base"}, {"figure_noise"}),
+    ("llama.cpp-q4_0", "ms_per_token", {"table_device"}, {"figure_quality_vs_time"})])
+def test_one_record_changes_only_what_uses_it_on_every_backend(report, tmp_path, backend, metric, tables, figures):
+    from slm_study.records import read_csv
+    changed = read_csv(report.parent/"records.csv")
+    here = (changed.model == "tinyllama") & (changed.technique == "weight_sharing") & (changed.metric == metric) & (changed.backend == backend)
+    assert here.sum() == 1
+    changed.loc[here, ["value", "low", "high"]] *= 1.3
+    new = {p.name: p.read_bytes() for p in write_report(changed, tmp_path/"out")}
+    differ = {n.partition(".")[0] for n, b in new.items() if b != (report/n).read_bytes()}
+    assert differ - {"claims"} == tables | figures
 
 def test_a_figure_holds_no_date(report):
     svg = (report/"figure_4a.svg").read_text()
@@ -84,6 +97,8 @@ def test_every_known_technique_and_metric_has_a_place():
     records = made_up_records()
     assert len(table_1(records)) == len(TECHNIQUES)
     assert len(table_all(records).columns) == 2 + len(METRICS)
+    from slm_study.report.figures import COLOURS
+    assert set(TECHNIQUES) <= set(COLOURS)
 
 def test_ledger_is_whole():
     for book in (ledger(), ledger(made_up_records())):

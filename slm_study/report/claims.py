@@ -7,7 +7,7 @@ __all__ = ['VERDICTS', 'TINYLLAMA', 'STARCODER', 'Claim', 'llama_parameters', 'b
            'denominators', 'cell_claims', 'table_claims', 'tinyllama_claims', 'record_claims', 'ledger', 'write_claims',
            'write_report']
 
-# %% ../../nbs/60_report/02_claims.ipynb #7e9e1d05
+# %% ../../nbs/60_report/02_claims.ipynb #b2b1f223
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import pandas as pd
@@ -16,7 +16,9 @@ from scipy import stats
 from ..recipes import StudyError
 from ..records import METRICS, atomic_write
 from ..evaluation.statistics import minimum_detectable_effect, two_proportions
-from .tables import MISSING, PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_TECHNIQUES, cells, show, to_markdown, write_tables
+from .tables import MISSING, PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_TECHNIQUES, cells, show, to_markdown, write_table, write_tables
+from .comparisons import smallest_effect, table_device, table_vs_base
+from .own_figures import write_own_figures
 from .figures import MODEL_NAMES, write_figures
 
 # %% ../../nbs/60_report/02_claims.ipynb #042a6ef9
@@ -91,7 +93,7 @@ def _check_throughput(row, ours):
     return (f"1/latency = {1/seconds:.3f}" + ("" if fits else f"; {1/row.value - seconds:.2f} s per sample lie outside latency") + f"; {_said(_ours(ours, row.model, row.technique, row.metric), row.metric)}",
             "arithmetic: N/t with the same row's latency and 100 % success", "reproduced" if fits else "undefined")
 
-# %% ../../nbs/60_report/02_claims.ipynb #1ab09250
+# %% ../../nbs/60_report/02_claims.ipynb #3a4f1888
 def _spread(model, metric="latency_ms"):
     "Change of each published technique against base, in percent."
     base = _published(model, "base", metric)
@@ -102,10 +104,9 @@ def noise_floor() -> float: # percent
     return max(map(abs, _spread("starcoder").values()))
 
 def _faster(ours, model, technique, least):
-    "Is our time per token lower than base's by more than `least` percent, intervals apart? None without records."
-    mine, base = (_ours(ours, model, t, "ms_per_token") for t in (technique, "base"))
-    overlap = _overlap(mine, base)
-    return None if overlap is None else not overlap and 100*(1 - mine["value"]/base["value"]) > least
+    "Is our time per token, taken in turns with base, lower by more than `least` percent for sure? None without a record."
+    ratio = _ours(ours, model, technique, "time_ratio")
+    return None if ratio is None or pd.isna(ratio["high"]) else bool(ratio["high"] < 1 - least/100)
 
 def _check_latency(row, ours):
     mine = _said(_ours(ours, row.model, row.technique, "latency_ms"), "latency_ms")
@@ -114,8 +115,7 @@ def _check_latency(row, ours):
     if row.model == "starcoder":
         return f"{change:+.1f} % against base; {mine}", f"the authors' public code (read) leaves the work unchanged in every row; they spread over {min(floor):+.1f} to {max(floor):+.1f} %", "explained"
     faster = _faster(ours, row.model, row.technique, -change/2)
-    tokens = [_said(_ours(ours, row.model, t, "ms_per_token"), "ms_per_token") for t in (row.technique, "base")]
-    return (f"{change:+.1f} % against base; per token {tokens[0]}, base {tokens[1]}", "records: time per token at equal work; at least half of the published change is asked for",
+    return (f"{change:+.1f} % against base; per token {_said(_ours(ours, row.model, row.technique, 'time_ratio'), 'time_ratio')} of base", "records: time per token in turns with base; at least half of the published change is asked for",
             "not testable here" if faster is None else "reproduced" if faster else "contradicted")
 
 # %% ../../nbs/60_report/02_claims.ipynb #2c5c6b12
@@ -224,7 +224,7 @@ def tinyllama_claims() -> list[Claim]: # about Table 2 and both models
         Claim("abstract, 5", "StarCoder was less accurate in producing correct executable code", "no number", f"columns of Table 1: {', '.join(star.metric.unique())}", "no table has an execution rate for StarCoder", "undefined"),
         Claim("3.1", "the corpus: 25k, 15k, 15k and 20k rows", "25k + 15k + 15k + 20k", f"{25 + 15 + 15 + 20}k rows of four sources", "the sources cannot be reached without a network", "not testable here")]
 
-# %% ../../nbs/60_report/02_claims.ipynb #77325a45
+# %% ../../nbs/60_report/02_claims.ipynb #ddae56ea
 def _size_claim(ours, model, technique, where, statement):
     a, b = (_ours(ours, model, t, "parameters") for t in (technique, "base"))
     if a is None or b is None: return Claim(where, statement, "no number", MISSING, f"records: {model}, {technique} and base, parameters", "not testable here")
@@ -232,10 +232,10 @@ def _size_claim(ours, model, technique, where, statement):
     return Claim(where, statement, "no number", f"{fewer:,.0f} parameters fewer of {b['value']:,.0f}", f"records: {model}, {technique} and base, parameters", "reproduced" if fewer > 0 else "contradicted")
 
 def _speed_claim(ours, model, technique, where, statement):
-    a, b = (_ours(ours, model, t, "ms_per_token") for t in (technique, "base"))
-    faster, evidence = _faster(ours, model, technique, noise_floor()), f"records: {model}, {technique} and base, time per token at equal work; more than {noise_floor():.1f} %"
+    ratio, evidence = _ours(ours, model, technique, "time_ratio"), f"records: {model}, {technique}, time per token in turns with base; more than {noise_floor():.1f} %"
+    faster = _faster(ours, model, technique, noise_floor())
     if faster is None: return Claim(where, statement, "no number", MISSING, evidence, "not testable here")
-    return Claim(where, statement, "no number", f"ours {show(a, 'ms')} against {show(b, 'ms')} ms per token", evidence, "reproduced" if faster else "contradicted")
+    return Claim(where, statement, "no number", f"ours {show(ratio, 'x base')} of base's time per token", evidence, "reproduced" if faster else "contradicted")
 
 def record_claims(
     ours:pd.DataFrame|None=None, # from tables.cells; None: all of them open
@@ -277,14 +277,21 @@ def write_claims(
         paths.append(Path(out)/name)
     return paths
 
-# %% ../../nbs/60_report/02_claims.ipynb #80ef3eb3
+# %% ../../nbs/60_report/02_claims.ipynb #5887726e
 def write_report(
     records:pd.DataFrame,          # columns of records.csv
     out:str|Path,                  # folder, such as figures/pocket
     manifest:dict|None=None,       # of the corpus, for figure 1
     pruned_example:dict|None=None, # arrays dense, masked, removed, for figure 2
     note:str="",                   # a sentence for every table's caption, such as how programs were run
+    outcomes:dict|None=None,       # from collect_outcomes: outcomes and repairs
+    curves:dict|None=None,         # from collect_curves: tau and sweep
 ) -> list[Path]: # every file written
     "Tables, figures and claims of one study, from its records alone."
     cells(records) # refuse what cannot be shown before anything is written
-    return [*write_tables(records, out, note), *write_figures(records, out, manifest, pruned_example), *write_claims(records, out)]
+    outcomes, curves = outcomes or {}, curves or {}
+    rows = outcomes.get("outcomes", [])
+    ours = [(table_vs_base(records, rows), "table_vs_base", f"Every variant against base, which ran in turns with it: time, right answers on the same prompts (McNemar's test, Holm's correction over this table), memory. {smallest_effect(rows)}"),
+            (table_device(records), "table_device", "Every variant on llama.cpp: llama.cpp 8-bit, llama.cpp-f16 16-bit, llama.cpp-q4_0 4-bit weights.")]
+    return [*write_tables(records, out, note), *(p for df, name, caption in ours for p in write_table(df, Path(out)/name, f"{caption} {note}".strip())),
+            *write_figures(records, out, manifest, pruned_example), *write_own_figures(records, out, outcomes.get("repairs"), *(curves.get(k) for k in ("tau", "sweep"))), *write_claims(records, out)]
