@@ -10,32 +10,37 @@ import re
 
 from .slots import Column, handover_of, to_slots
 
-# %% ../../nbs/10_curation/02_prompts.ipynb #328344b1
+# %% ../../nbs/10_curation/02_prompts.ipynb #097be94d
 PROGRAM_MARK = "<|program|>"
 
 def _name(name): return name if re.fullmatch(r"[^\W\d][\w.\-]*", name) else repr(name)
 
 def describe_columns(
     columns:tuple, # Column of the table or file
+    sample:str="", # a row or a line of the data
+    width:int=160, # characters of the sample that are shown
 )-> str: # one line without slots
     "`df: ts time, severity category (INFO|ERROR)`: names, kinds and some values."
     if not columns: return "none"
     def one(c):
-        values = "|".join(str(v) for v in c.values[:5]) if c.kind == "category" else ""
-        return f"{_name(c.name)} {c.values[0] if c.kind == 'file' and c.values else c.kind}" + f" ({values})" * bool(values)
-    return f"{handover_of(columns)}: " + ", ".join(map(one, columns))
+        if c.kind == "file": return " ".join([_name(c.name), *(v if v in ("csv", "jsonl") else "log" for v in c.values[:1])] if c.values else [_name(c.name), "file"])
+        values = "|".join(str(v) for v in c.values[:5]) if c.kind == "category" or c.pattern and c.kind == "time" else ""
+        return f"{_name(c.name)} {c.kind}" + f" ({values})" * bool(values)
+    sample = " ".join(sample.replace(PROGRAM_MARK, " ").split())
+    return f"{handover_of(columns)}: " + ", ".join(map(one, columns)) + f"; sample: {sample[:width]}" * bool(sample)
 
-# %% ../../nbs/10_curation/02_prompts.ipynb #74d69111
+# %% ../../nbs/10_curation/02_prompts.ipynb #9a8d6a8d
 def render(
     request:str, # what the user wrote
     handover:str, # "df", "file" or "none": must be what the columns imply
     columns:tuple, # Column of the table or file; () where nothing is at hand
     slots:bool=True, # names and values as placeholders?
+    sample:str="", # a row or a line of the data; only a prompt without slots shows it
 )-> tuple: # prompt, slots (slot -> value; empty without slots)
     "The prompt of a request, and what its placeholders stand for."
     if handover != handover_of(columns): raise ValueError(f"handover {handover!r} with columns that say {handover_of(columns)!r}: they must agree")
     request = " ".join(request.replace(PROGRAM_MARK, " ").split())
-    slotted = to_slots(request, columns) if slots else (request, describe_columns(columns), {})
+    slotted = to_slots(request, columns) if slots else (request, describe_columns(columns, sample), {})
     return f"{slotted[1]}\n{slotted[0]}\n{PROGRAM_MARK}\n", slotted[2]
 
 # %% ../../nbs/10_curation/02_prompts.ipynb #1794229b
