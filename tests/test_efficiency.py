@@ -1,26 +1,28 @@
-"Each variant is measured in its own process; what a planted variant does wrong shows in the right metric."
-import json, os, subprocess, sys
+"Each variant is timed in turns with base, in its own process; what a planted variant does wrong is found and named."
+import json, os, subprocess, sys, textwrap, time
+from contextlib import ExitStack
 import pytest, torch
-from tokenizers import Tokenizer, models as token_models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from slm_study.recipes import Size, StudyError
-from slm_study.models import EOS, PAD, config_for, load_checkpoint, save_checkpoint
-from slm_study.evaluation.efficiency import fixed_run, free_run, measure, measure_here
+from slm_study.records import METRICS, tidy
+from slm_study.models import config_for, save_checkpoint
+from slm_study.finetuning.pretrain import train_tokenizer
+from slm_study.evaluation.arms import Arm, TorchArm, work
+from slm_study.evaluation.efficiency import encode, in_turns, measure, summarise
+from slm_study.report.comparisons import remarks
+from slm_study.runtime.gguf import export
 
-WORDS = ["<|endoftext|>", "<|pad|>", *map(str, range(126))]
-PROMPTS = [" ".join(str((7*i + j) % 100) for j in range(12 + i)) for i in range(4)]
-SETTINGS = dict(max_new_tokens=20, fixed_tokens=12, repeats=5, threads=1)
+PROMPTS = [f"print(df['amount'].mean() + {'1'*i})" for i in range(1, 5)]
+SETTINGS = dict(max_new_tokens=20, fixed_tokens=12, repeats=9, threads=1, batch=2)
 
-def tokenizer():
-    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(token_models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="0")), eos_token=WORDS[EOS], pad_token=WORDS[PAD])
-    tok.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return tok
+def tokenizer(): return train_tokenizer(["import pandas as pd\nprint(df['amount'].mean() + 123)\n"]*50, 400)
 
-def save(folder, model="tinyllama", layers=2):
+def save(folder, model="tinyllama", layers=2, hidden=64):
     torch.manual_seed(0)
-    net = AutoModelForCausalLM.from_config(config_for(model, Size(hidden=64, layers=layers, ffn=128, positions=128), len(WORDS)))
-    save_checkpoint(net, tokenizer(), folder)
+    tok = tokenizer()
+    net = AutoModelForCausalLM.from_config(config_for(model, Size(hidden=hidden, layers=layers, ffn=2*hidden, positions=128), len(tok)))
+    save_checkpoint(net, tok, folder)
     return folder
 
 @pytest.fixture(autouse=True)
@@ -31,69 +33,126 @@ def one_thread():
     torch.set_num_threads(before)
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    "Both architectures, each measured once in a fresh process."
-    folder = tmp_path_factory.mktemp("models")
-    return {m: (folder/m, *measure(save(folder/m, m), PROMPTS, **SETTINGS)) for m in ("tinyllama", "starcoder")}
+def base(tmp_path_factory): return save(tmp_path_factory.mktemp("models")/"base", layers=4, hidden=128)
+
+# each fake is a whole variant: base's checkpoint, and code that runs on the loaded model
+FAKES = dict(
+    sleeps="""
+        import time
+        def prepare(model):
+            down = model.model.layers[0].mlp.down_proj
+            real = down.forward
+            down.forward = lambda x: (time.sleep(.003), real(x))[1]""",
+    stops_early="""
+        def prepare(model):
+            real = model.lm_head.forward
+            def forward(x):
+                z = real(x); z[..., 0] = z.max() + 1
+                return z
+            model.lm_head.forward = forward""",
+    keeps_a_second_model="""
+        import copy
+        KEPT = []
+        def prepare(model):
+            for _ in range(24): KEPT.append(copy.deepcopy(model)) # small models: as many as make 30 MiB""")
+
+@pytest.fixture(scope="module")
+def measured(base, tmp_path_factory):
+    "Base, base again and the fakes, all in turns: name -> (metrics, raw)."
+    folder, ids = tmp_path_factory.mktemp("fakes"), encode(base, PROMPTS)[0]
+    common = dict(backend="torch", path=str(base), prompts=ids, eos=0, **{k: v for k, v in SETTINGS.items() if k != "repeats"})
+    for name, code in FAKES.items(): (folder/f"{name}.py").write_text(textwrap.dedent(code))
+    with ExitStack() as stack:
+        arms = {n: stack.enter_context(Arm(dict(common, prepare=str(folder/f"{n}.py") if n in FAKES else ""))) for n in ("base", "twin", *FAKES)}
+        sizes = {n: a.ready() for n, a in arms.items()}
+        fixed, out = in_turns(arms, "fixed", SETTINGS["repeats"]), {}
+        for n in ("base", *FAKES):
+            mine = dict(variant=fixed[n], twin=fixed["twin"], **({"base": fixed["base"]} if n in FAKES else {}))
+            free = [dict(success=False, **arms[n].work("free", i)) for i in range(len(PROMPTS))]
+            raw = dict(backend="torch", early_exit=False, sizes=sizes[n], fixed=mine, memory=arms[n].work("memory"), free=free, batch=[arms[n].work("batch", i) for i in range(2)])
+            out[n] = {m.metric: m for m in summarise(raw)}, raw
+    return out
+
+@pytest.fixture(scope="module")
+def named(measured):
+    "The report's words for each fake, from records alone."
+    row = lambda t, m: dict(recipe="fakes", model="tinyllama", technique=t, seed=0, metric=m.metric, value=m.value, low=m.low, high=m.high, n=m.n, unit=METRICS[m.metric].unit, backend=m.backend)
+    words = lambda n: remarks(tidy([row(t, m) for t, k in (("base", "base"), ("pruning", n)) for m in measured[k][0].values()])).remark.iloc[0]
+    return {n: (measured[n][0], words(n)) for n in FAKES}
+
+def test_a_sleep_in_the_forward_is_named(named):
+    metrics, said = named["sleeps"]
+    assert metrics["time_ratio"].low > 1.3 and said.startswith("slower per token") and "fewer tokens" not in said and "memory" not in said
+
+def test_stopping_early_is_named_and_is_not_faster(named, measured):
+    metrics, said = named["stops_early"]
+    whole = measured["base"][0]
+    assert metrics["new_tokens"].value == 1 < whole["new_tokens"].value and metrics["latency_ms"].value < whole["latency_ms"].value/2 # a sample looks much faster
+    assert "fewer tokens" in said and "not faster per token" in said and not said.startswith("faster")
+
+def test_a_second_model_kept_alive_is_named(named):
+    metrics, said = named["keeps_a_second_model"]
+    assert "memory above its weights" in said and "slower" not in said and "fewer" not in said
+
+def test_base_against_base_is_not_named(measured):
+    "A/A: the second base process stays within the noise that the machine has."
+    metrics, raw = measured["base"]
+    assert .75 < metrics["aa_ratio"].value < 1.35 and len(raw["fixed"]["twin"]) == SETTINGS["repeats"] and "time_ratio" not in metrics
 
 @pytest.mark.parametrize("model", ["tinyllama", "starcoder"])
-def test_both_architectures_in_a_fresh_process(measured, model):
-    _, metrics, raw = measured[model]
+def test_both_architectures_on_llama_cpp(tmp_path, model):
+    folder = save(tmp_path/model, model)
+    files = tuple(export(folder, tmp_path/f"{t}.gguf", t) for t in ("q4_0", "f16"))
+    metrics, raw = measure(folder, PROMPTS, base=folder, gguf=files, backend="llama.cpp", **SETTINGS)
     got = {m.metric: m for m in metrics}
-    assert {"parameters", "matmul_parameters", "disk_mib", "latency_ms", "ms_per_token", "prefill_ms", "new_tokens", "throughput_samples_s", "peak_mem_mib"} == set(got)
-    assert len(raw["free"]) == len(PROMPTS) and len(raw["fixed"]) == SETTINGS["repeats"] and raw["threads"] == 1
-    assert 0 < raw["memory"]["weights_mib"] < raw["memory"]["libraries_mib"] < raw["memory"]["peak_mib"]
-    for name in ("latency_ms", "ms_per_token", "prefill_ms"): assert 0 < got[name].low <= got[name].value <= got[name].high
+    assert {"parameters", "disk_mib", "latency_ms", "ms_per_token", "time_ratio", "aa_ratio", "ms_per_token_batch8", "prefill_ms", "new_tokens", "throughput_samples_s", "peak_mem_mib", "mem_rest_mib"} <= set(got)
+    assert {m.backend for m in metrics} == {"llama.cpp"} and len(raw["free"]) == len(PROMPTS)
+    for name in ("latency_ms", "ms_per_token", "time_ratio"): assert 0 < got[name].low <= got[name].value <= got[name].high
     json.dumps(raw)
 
-def test_memory_is_not_inherited(measured):
-    "A parent that holds 512 MiB does not change what a child is charged with."
-    folder, _, alone = measured["tinyllama"]
-    ballast = torch.ones(128 << 20)
-    beside = measure(folder, PROMPTS, **SETTINGS)[1]
-    assert ballast.numel() and abs(beside["memory"]["peak_mib"] - alone["memory"]["peak_mib"]) < 100
+def test_the_parts_of_memory_are_the_peak(measured):
+    got = {k: m.value for k, m in measured["base"][0].items()}
+    assert abs(sum(got[f"mem_{k}_mib"] for k in ("libraries", "weights", "kv", "rest")) - got["peak_mem_mib"]) < .1
 
-def test_a_model_of_more_layers_is_slower_per_token(tmp_path):
-    fastest = [min(r["ms_per_token"] for r in measure_here(dict(checkpoint=str(save(tmp_path/str(n), layers=n)), prompts=PROMPTS, early_exit=False, **{**SETTINGS, "repeats": 12}))["fixed"])
-               for n in (2, 16)] # other work on the machine only adds time, so the fastest runs are compared
-    assert fastest[1] > 1.5*fastest[0]
-
-def test_a_model_that_stops_early_has_fewer_tokens_and_is_not_faster_per_token(tmp_path):
-    model, tok = load_checkpoint(save(tmp_path/"m"))
-    full = free_run(model, tok, PROMPTS[:1], 20)[0]
-    assert full["stop_reason"] == "length" and not full["success"]
-    from slm_study.compression.early_exit import decode
-    tokens = decode(model, tok(PROMPTS[0], return_tensors="pt").input_ids, max_new_tokens=20).tokens[0]
+def test_the_end_token_ends_a_free_run_and_not_a_fixed_one(base):
+    spec = dict(backend="torch", path=str(base), prompts=[[5, 6, 7]], eos=0, **{k: v for k, v in SETTINGS.items() if k != "repeats"})
+    tokens = work(TorchArm(spec), "free")["tokens"]
+    assert len(tokens) == 20
     stop = next(i for i in range(1, 20) if tokens[i] not in tokens[:i])
-    tok.eos_token = WORDS[tokens[stop]]
-    early = free_run(model, tok, PROMPTS[:1], 20)[0]
-    assert early["stop_reason"] == "eos" and early["success"] and early["new_tokens"] == stop + 1 < full["new_tokens"]
-    assert fixed_run(model, tok, PROMPTS, 12, 1)[0]["ms_per_token"] > 0          # the end token is ignored there
-
-def test_an_empty_text_is_no_success(tmp_path):
-    model, tok = load_checkpoint(save(tmp_path/"m"))
-    from slm_study.compression.early_exit import decode
-    tok.eos_token = WORDS[decode(model, tok(PROMPTS[0], return_tensors="pt").input_ids, max_new_tokens=1).tokens[0][0]]
-    sample = free_run(model, tok, PROMPTS[:1], 20)[0]
-    assert sample["stop_reason"] == "eos" and sample["new_tokens"] == 1 and not sample["success"]
+    arm = TorchArm(dict(spec, eos=tokens[stop]))
+    early = work(arm, "free")
+    assert early["stop_reason"] == "eos" and early["new_tokens"] == stop + 1 and work(arm, "fixed")["ms_per_token"] > 0
 
 def test_a_torn_checkpoint_is_one_line(tmp_path):
     folder = save(tmp_path/"m")
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(StudyError) as e: measure(folder, PROMPTS, **SETTINGS)
+    with Arm(dict(backend="torch", path=str(folder), prompts=[[5]]*2, eos=0, max_new_tokens=4, fixed_tokens=4, threads=1, batch=2)) as arm:
+        with pytest.raises(StudyError) as e: arm.ready()
     assert str(folder) in str(e.value) and "\n" not in str(e.value)
 
 @pytest.mark.parametrize("change, message", [(dict(repeats=1), "two of each"), (dict(fixed_tokens=1), "two of each"), (dict(threads=0), "one thread")])
 def test_settings_that_cannot_work(tmp_path, change, message):
     with pytest.raises(StudyError, match=message): measure(tmp_path, PROMPTS, **{**SETTINGS, **change})
 
-def test_more_tokens_than_positions(tmp_path):
-    model, tok = load_checkpoint(save(tmp_path/"m"))
-    with pytest.raises(StudyError, match="fixed_tokens"): fixed_run(model, tok, PROMPTS, 500, 1)
+def test_more_tokens_than_positions(base):
+    arm = TorchArm(dict(backend="torch", path=str(base), prompts=[[5]]*2, eos=0, max_new_tokens=4, fixed_tokens=500, threads=1, batch=2))
+    with pytest.raises(StudyError, match="fixed_tokens: 500"): work(arm, "fixed")
 
-def test_the_child_leaves_no_half_written_answer(tmp_path):
-    (tmp_path/"spec.json").write_text(json.dumps(dict(checkpoint=str(tmp_path/"none"), prompts=PROMPTS, early_exit=False, **SETTINGS)))
-    done = subprocess.run([sys.executable, "-m", "slm_study.evaluation.efficiency", str(tmp_path/"spec.json"), str(tmp_path/"out.json")], capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 1 and str(tmp_path/"none") in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["spec.json"]
+def test_an_arm_ends_with_its_parent(base, tmp_path):
+    "A study that is killed leaves no measuring process behind."
+    code = f"""
+import json, os, signal
+from slm_study.evaluation.arms import Arm
+arm = Arm(dict(backend="torch", path={str(base)!r}, prompts=[[5, 6, 7]]*2, eos=0, max_new_tokens=4, fixed_tokens=4, threads=1, batch=2))
+arm.ready()
+print(arm.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    pid = int(done.stdout)
+    for _ in range(50):
+        try: os.kill(pid, 0)
+        except ProcessLookupError: return
+        if "Z" in next(l for l in open(f"/proc/{pid}/status") if l.startswith("State")): return
+        time.sleep(.1)
+    raise AssertionError("the arm outlived its parent")

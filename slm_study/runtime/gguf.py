@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TYPES', 'BLOCK', 'half_turn_to_pairs', 'tensors', 'stored', 'vocabulary', 'export', 'files']
 
-# %% ../../nbs/40_runtime/00_gguf.ipynb #33308b67
-import json
+# %% ../../nbs/40_runtime/00_gguf.ipynb #123e2228
+import contextlib, json
 from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +99,7 @@ def _write_tokenizer(w, tokenizer, size):
         if i is not None: add(i)
     w.add_add_bos_token(False)
 
-# %% ../../nbs/40_runtime/00_gguf.ipynb #2e058f39
+# %% ../../nbs/40_runtime/00_gguf.ipynb #7f496f89
 def _write_shape(w, model, name):
     c = model.config
     w.add_name(name); w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size); w.add_block_count(len(blocks(model))); w.add_vocab_size(c.vocab_size)
@@ -130,7 +130,8 @@ def export(
                 w.add_tensor(name, x, raw_dtype=kind)
             w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
             temp.replace(path)
-    finally: temp.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError): temp.unlink() # not there when all went well
     return path
 
 # %% ../../nbs/40_runtime/00_gguf.ipynb #a49e28aa
