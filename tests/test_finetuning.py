@@ -108,7 +108,7 @@ def test_checkpointing_and_accumulation_change_memory_not_the_result(whole, tmp_
 def test_two_processes_train_as_one_with_twice_the_parts(tmp_path):
     "accelerate launch: the same loss curve, and one writer."
     out, path = working_folder(tmp_path, dropout=0., tokens=6000, lr=1e-3)
-    two = tuned(path, out, sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m")
+    two = tuned(path, out, sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m")
     assert two.returncode == 0, two.stderr[-3000:]
     assert processes(run_of(path, out)) == 2
     curve, made = losses(run_of(path, out)), adapter(run_of(path, out))
