@@ -252,7 +252,7 @@ def ask_log(
     fmt = "openssh" if family.name == "failed_logins" else rng.choice(formats)
     file = rng.choice(FILE_NAMES[fmt])
     fields, lines = family.build(LogQuestion(rng, fmt, file))
-    request = say_file(rng, word(rng, family.wordings, fields), file)
+    request = say_file(rng, word(rng, family, fields), file)
     return request, (Column(file, "file", (fmt,)),), assemble(lines)
 
 def ask_simulation(
@@ -261,4 +261,4 @@ def ask_simulation(
 )-> tuple: # request, (), program
     "One question of a family that needs no data."
     fields, lines = family.build(Question(rng))
-    return word(rng, family.wordings, fields), (), assemble(lines)
+    return word(rng, family, fields), (), assemble(lines)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Concept', 'WORLDS', 'START', 'Field', 'FIELDS', 'FILE_NAMES', 'all_names', 'Table', 'draw_table', 'draw_threshold',
-           'draw_moment', 'fill_table', 'write_csv', 'write_jsonl', 'fill_log', 'guess_format']
+           'draw_moment', 'fill_table', 'write_csv', 'write_jsonl', 'sample_row', 'file_name', 'fill_log',
+           'guess_format']
 
 # %% ../../nbs/10_curation/03_worlds.ipynb #a6f0bfc2
 import json
@@ -140,13 +141,14 @@ def all_names(
     "Every column name that a split can draw."
     return {n.casefold() for cs in WORLDS.values() for c in cs for n in (c.new_names if split == "schema" else c.names)}
 
-# %% ../../nbs/10_curation/03_worlds.ipynb #3b7e56a2
+# %% ../../nbs/10_curation/03_worlds.ipynb #29b7d857
 @dataclass(frozen=True)
 class Table:
     "A described table: columns, and the concept behind each."
     world: str
     columns: tuple  # of Column
     concepts: tuple  # of Concept
+    dirty: bool = False  # missing values, and rows that stand twice?
 
 _SPELLINGS = {"as is": str, "Capital": str.capitalize, "UPPER": str.upper, "camel": lambda s: re.sub(r"_(\w)", lambda m: m[1].upper(), s),
               "spaced": lambda s: s.replace("_", " ")}
@@ -202,7 +204,7 @@ def draw_moment(
     "A within the two days that files cover."
     return (START + timedelta(hours=rng.randrange(6, 42))).strftime(rng.choice(("%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S")))
 
-# %% ../../nbs/10_curation/03_worlds.ipynb #968b8ebe
+# %% ../../nbs/10_curation/03_worlds.ipynb #07fd3cad
 def _numbers(concept, latent, rng):
     dist, a, b, decimals = concept.contents
     a, b, n = float(a), float(b), len(latent)
@@ -233,11 +235,20 @@ def fill_table(
             pool = column.values if column.kind == "category" else concept.contents
             values = [pool[i] for i in rng.choice(len(pool), n, p=rng.dirichlet(np.full(len(pool), 4)))]
         data[column.name] = values
-    return [dict(zip(data, row)) for row in zip(*data.values())]
+    rows = [dict(zip(data, row)) for row in zip(*data.values())]
+    return _spoilt(rows, table, rng) if table.dirty else rows
 
-# %% ../../nbs/10_curation/03_worlds.ipynb #1df11f1a
+def _spoilt(rows, table, rng):
+    "Rows with numbers missing, and some rows twice"
+    for c in table.columns:
+        if c.kind == "number":
+            for i in rng.choice(len(rows), int(rng.integers(3, len(rows) // 6)), replace=False): rows[i][c.name] = None
+    twice = rng.choice(len(rows), int(rng.integers(3, len(rows) // 8)), replace=False)
+    return [r for i, row in enumerate(rows) for r in [row, dict(row)][:1 + (i in twice)]]
+
+# %% ../../nbs/10_curation/03_worlds.ipynb #9b2f8101
 def _quote(x):
-    s = x.isoformat(sep=" ") if isinstance(x, datetime) else str(x)
+    s = "" if x is None else x.isoformat(sep=" ") if isinstance(x, datetime) else str(x)
     return '"' + s.replace('"', '""') + '"' if re.search('[",\n]', s) else s
 
 def write_csv(
@@ -251,6 +262,30 @@ def write_jsonl(
 )-> str: # the file's text
     "Rows as one JSON object per line."
     return "".join(json.dumps(r, default=lambda t: t.isoformat(), ensure_ascii=False) + "\n" for r in rows)
+
+# %% ../../nbs/10_curation/03_worlds.ipynb #48977ee1
+def sample_row(
+    table:Table, # as described
+    rng:random.Random, # the only source of chance
+    fmt:str="csv", # or "jsonl"
+)-> str: # one line, as it may stand in the file
+    "A row as an example."
+    row = {}
+    for column, concept in zip(table.columns, table.concepts):
+        if column.kind == "time": row[column.name] = str(START + timedelta(seconds=rng.randrange(172_800)))
+        elif column.kind == "number": row[column.name] = draw_threshold(rng, concept)
+        else: row[column.name] = rng.choice(column.values if column.kind == "category" else concept.contents)
+    return json.dumps(row, ensure_ascii=False) if fmt == "jsonl" else ",".join(map(_quote, row.values()))
+
+_STEMS = "data export readings table records run batch results samples events metrics telemetry station survey machine lab".split()
+
+def file_name(
+    rng:random.Random, # the only source of chance
+    fmt:str, # "csv" or "jsonl"
+)-> str: # "readings_12.csv"
+    "A name for a file of a table."
+    tail = rng.choice(("", "", "_{:02d}", "-{}", "_v{}", "_march", "_2024")).format(rng.randrange(2, 40))
+    return rng.choice(_STEMS) + tail + "." + fmt
 
 # %% ../../nbs/10_curation/03_worlds.ipynb #a22a8b5a
 Field = namedtuple("Field", "sayings pattern numeric", defaults=(False,))
