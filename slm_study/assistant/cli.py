@@ -88,11 +88,11 @@ def export_variant(
     out:str|Path  # the file
 ) -> int: # 0 done
     "Write one variant of a finished study as a GGUF file."
-    from slm_study.runtime.gguf import export
+    from slm_study.runtime.gguf import export, full_precision
     checkpoint = dict(untuned=run.pretrained, base=run.tuned).get(run.technique, run.folder/"model")
     if not (checkpoint/"config.json").exists():
         raise StudyError(f"{checkpoint}: no checkpoint here; run `slm-study run --recipe {run.source} --model {run.model} --technique {run.technique}` first")
-    path = export(checkpoint, out, type)
+    path = export(full_precision(checkpoint, run.tuned), out, type)
     print(f"slm-study: {path}: {run.model}, {run.technique}, {type}, {path.stat().st_size/2**20:.2f} MiB")
     return 0
 

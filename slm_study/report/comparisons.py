@@ -110,7 +110,7 @@ def remarks(
             rows.append((model, technique, backend, "; ".join(said) or ("as base" if verdict == "as base" else "no time against base was taken" if verdict == "unknown" else "")))
     return pd.DataFrame(rows, columns=["model", "technique", "backend", "remark"])
 
-# %% ../../nbs/60_report/00b_comparisons.ipynb #011ae999
+# %% ../../nbs/60_report/00b_comparisons.ipynb #08efebce
 def _bold(text, is_best): return f"**{text}**" if is_best else text
 
 def _signed(d): return f"{d.difference:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
@@ -149,7 +149,7 @@ def smallest_effect(
     base = [o for o in outcomes if o["technique"] == "base" and o["backend"] == "torch"]
     if not base: return ""
     n, p = min(o["n"] for o in base), np.mean([c == "1" for o in base for c in o["correct"]])
-    return f"With {n} prompts a difference of right answers under {100*minimum_detectable_effect(n, min(max(p, .05), .95)):.0f} points would usually be missed between independent runs; pairing on the same prompts shows less."
+    return f"With {n} prompts a difference of right answers under {100*minimum_detectable_effect(n, min(max(p, .05), .95)):.0f} points would usually be missed between independent samples; pairing on the same prompts sees somewhat smaller ones."
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #b7757a49
 _DEVICE = ("disk_mib", "peak_mem_mib", "ms_per_token", "ms_per_token_batch8", "prefill_ms", "latency_ms", "time_ratio", "aa_ratio", "same_text_pct", "accuracy_pct")

@@ -6,7 +6,8 @@
 __all__ = ['OWN_FIGURES', 'pareto', 'figure_quality_vs_time', 'figure_noise', 'figure_memory', 'figure_repairs', 'figure_tau',
            'figure_sparsity', 'collect_curves', 'write_own_figures']
 
-# %% ../../nbs/60_report/01b_own_figures.ipynb #b8ccc4a5
+# %% ../../nbs/60_report/01b_own_figures.ipynb #1c194bd2
+import json
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -175,17 +176,17 @@ def figure_sparsity(
     fig.legend(handles=[*marks, Line2D([], [], color="black", ls="-", label="healed"), Line2D([], [], color="black", ls="--", label="not healed")], loc="outside right center")
     return axes[0]
 
-# %% ../../nbs/60_report/01b_own_figures.ipynb #5b810ae6
+# %% ../../nbs/60_report/01b_own_figures.ipynb #4b6f3a94
 def collect_curves(
     folder:str|Path # such as runs/pocket
 ) -> dict[str, pd.DataFrame]: # tau and sweep: the files' columns and model, seed; tau also has used
     "The curves that variants left below a folder."
     out = {}
-    for name, needs in (("tau", {"tau", "layers_run_pct"}), ("sweep", {"ratio", "criterion", "healed", "accuracy"})):
+    for name, file, needs in (("tau", "tau_sweep.json", {"tau", "layers_run_pct"}), ("sweep", "pruning_sweep.json", {"ratio", "criterion", "healed", "accuracy"})):
         frames = []
-        for path in sorted(Path(folder).glob(f"*/seed*/*/**/{name}.csv")):
+        for path in sorted(Path(folder).glob(f"*/seed*/*/**/{file}")):
             model, seed, technique = path.relative_to(folder).parts[:3]
-            df = pd.read_csv(path)
+            df = pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
             if not needs <= set(df.columns): raise StudyError(f"{path}: lacks the column {', '.join(sorted(needs - set(df.columns)))}; run that variant again")
             record = Path(folder)/model/seed/technique/"record.json"
             used = read_record(record)["extra"].get("tau") if name == "tau" and record.exists() else None
