@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['NAMES', 'quantised_with_adapters', 'training_rows', 'merge', 'merge_gap', 'finetune', 'main']
 
-# %% ../../nbs/20_finetuning/01_qlora.ipynb #b01c5998
+# %% ../../nbs/20_finetuning/01_qlora.ipynb #de365920
 import argparse, os, shutil, sys
 from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
-from .adapters import add_adapters, check_memory, fuse_adapters, load_4bit, needed_mib
+from .adapters import add_adapters, check_memory, fuse_adapters, lean_loss, load_4bit, needed_mib
 from .pretrain import collate, encode_all, read_rows, run_trainer
 from ..models import architecture, load_checkpoint, save_checkpoint
 from ..recipes import QLoRA, Run, StudyError
 from ..records import atomic_folder
 
-# %% ../../nbs/20_finetuning/01_qlora.ipynb #5deb3050
+# %% ../../nbs/20_finetuning/01_qlora.ipynb #721373c5
 def quantised_with_adapters(
     checkpoint:str|Path, # plain transformers folder
     settings:QLoRA,      # of one model
@@ -25,7 +25,8 @@ def quantised_with_adapters(
 ) -> PeftModel: # ready to train
     "Algorithm 1, lines 1 to 3."
     model = load_4bit(checkpoint, settings.double_quant, settings.compute)      # 1, 2: theta_4bit <- Q_NF4(theta_base)
-    return fuse_adapters(add_adapters(model, settings, seed))                   # 3: W + (alpha/r) B A
+    net = fuse_adapters(add_adapters(model, settings, seed))                    # 3: W + (alpha/r) B A
+    return lean_loss(net) if settings.checkpointing else net
 
 # %% ../../nbs/20_finetuning/01_qlora.ipynb #5472230f
 def training_rows(
