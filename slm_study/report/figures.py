@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'HATCHES', 'MARKERS', 'MODEL_NAMES', 'FIGURES', 'set_style', 'figure_4a', 'figure_4b', 'figure_5a',
-           'figure_5b', 'figure_6a', 'figure_6b', 'figure_funnel', 'figure_1', 'figure_2', 'figure_3', 'save_figure',
-           'write_figures']
+           'figure_5b', 'figure_6a', 'figure_6b', 'figure_funnel', 'figure_1', 'figure_curation', 'figure_2',
+           'figure_3', 'save_figure', 'write_figures']
 
 # %% ../../nbs/60_report/01_figures.ipynb #f8127c9b
 import io, os
@@ -192,7 +192,7 @@ def _canvas(width, height, size):
     return ax
 
 # %% ../../nbs/60_report/01_figures.ipynb #d53c0525
-_SOURCES = dict(scidocs=("SciDocs", "f_title + f_abstract"), astronomy=("Astronomy", "f_problem"), science=("Wikipedia science", "f_task"), code=("The Stack, Python", "names a scientific library"))
+_SOURCES = dict(scidocs=("SciDocs", "f_title + f_abstract"), astronomy=("Astronomy", "f_problem"), science=("Wikipedia science", "f_task"), code=("The Stack, Python", "imports a scientific library"))
 
 def _counts(c): return f"\n{c['read' if 'read' in c else 'drawn']:,} in, {c['kept']:,} kept" if c else ""
 
@@ -214,6 +214,21 @@ def figure_1(
         _arrow(ax, guard, _box(ax, 11.2, y, title + rows(f"{name}.jsonl"), w=3, h=.9, colour="#FDF3DC"))
     ax.set_title(f"Dataset preparation, recipe {m['recipe']}" if m else "Dataset preparation (plan; no manifest given)", loc="left")
     return ax
+
+# %% ../../nbs/60_report/01_figures.ipynb #ff0a96ce
+def figure_curation(
+    manifest:dict, # written by curation
+) -> np.ndarray: # four axes
+    "Rows of each source that are left after every step of curation."
+    fig, axes = plt.subplots(1, len(_SOURCES), figsize=(11, 2.9), sharey=True, layout="constrained")
+    for ax, (key, (name, _)) in zip(axes, _SOURCES.items()):
+        source = manifest["sources"].get(key, {})
+        steps = source.get("funnel", {})
+        ax.barh(range(len(steps)), list(steps.values()), color="#56B4E9", edgecolor="black", lw=.6, height=.66)
+        for k, n in enumerate(steps.values()): ax.text(max(1, *steps.values()) * 1.04, k, f"{n:,}", va="center", fontsize="small")
+        ax.set(xlim=(0, max(1, *steps.values()) * 1.4) if steps else (0, 1), title=name + ("\n(missing)" if "missing" in source else ""), yticks=range(len(steps)), yticklabels=list(steps), ylim=(len(steps) - .5, -.5))
+    fig.supxlabel(f"rows left, recipe {manifest['recipe']}", fontsize="medium")
+    return axes
 
 # %% ../../nbs/60_report/01_figures.ipynb #3cc3ce21
 def figure_2(
@@ -290,5 +305,6 @@ def write_figures(
     set_style()
     one = lambda ax: np.ravel(ax)[0].figure
     drawn = {name: lambda f=f: f(records) for name, f in FIGURES.items()} | {"figure_1": lambda: figure_1(manifest)}
+    if any(s.get("funnel") for s in (manifest or {}).get("sources", {}).values()): drawn["figure_curation"] = lambda: figure_curation(manifest)
     if pruned_example is not None: drawn["figure_2"] = lambda: figure_2(*(pruned_example[k] for k in ("dense", "masked", "removed")))
     return [p for name in sorted(drawn) for p in save_figure(one(drawn[name]()), Path(out)/name)]
