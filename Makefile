@@ -31,8 +31,8 @@ test: .venv/installed ## what CI runs: notebooks as tests, lint, and the pipelin
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES) --skip_folder_re '^[_.]|^studies$$'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-bench: .venv/installed ## the sandbox beside a fresh interpreter per program, in one run
-	@$(BIN)/python -c "from slm_study.evaluation.sandbox import sandbox_bench; print(sandbox_bench().round(1).to_string())"
+bench: .venv/installed ## the parts beside what one would use instead, in one run (minutes)
+	@$(BIN)/slm-study bench
 
 soak: .venv/installed ## 10,000 programs, 2 % of them hostile, and 50 kills of the driver (minutes)
 	@$(BIN)/python tests/soak.py

@@ -111,6 +111,9 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--unsafe-no-sandbox", action="store_true", help="run generated programs without isolation; every record and table says so")
     r.add_argument("-n", "--dry-run", action="store_true", help="show what would be done")
     _add_export(commands)
+    b = commands.add_parser("bench", help="how fast the parts are, beside what one would use instead", description="Run the parts that have something to be compared with, both in one run, and print the ratios. All benches take some minutes.",
+                            epilog="example:  slm-study bench --what sandbox")
+    b.add_argument("--what", action="append", help="sandbox or corpus; may be repeated; default: all")
     return p
 
 # %% ../../nbs/70_assistant/00_cli.ipynb #3e81ff03
@@ -127,7 +130,12 @@ def _export(a): # what `slm-study export` was asked for, checked
     run = Run(a.recipe, a.model, a.technique, first if a.seed is None else a.seed, a.runs)
     return lambda: export_variant(run, a.type, a.out)
 
-COMMANDS = dict(run=_start, export=_export) # each checks its arguments and returns the work
+def _bench(a): # what `slm-study bench` was asked for, checked
+    from slm_study.report.bench import bench, check_benches
+    what = check_benches(a.what or ())
+    return lambda: bench(what) and 0
+
+COMMANDS = dict(run=_start, export=_export, bench=_bench) # each checks its arguments and returns the work
 
 def main(argv:list[str]|None=None) -> int: # 0 done, 1 the work failed, 2 the call was wrong
     "Entry point of `slm-study`."
