@@ -61,9 +61,9 @@ rule finetune:
 
 rule evaluate:
     # all cores: nothing else may run while a variant is timed
-    input: sources("3_evaluate", "compression", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
+    input: sources("3_evaluate", "compression", "runtime", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
     output: f"{FOLDER}/{M}/seed{S}/{T}/record.json"
-    params: lambda w: R.hash("evaluation", "qlora", *{"pruning", "pruning_masked", "weight_sharing", "early_exit"} & {w.technique})
+    params: lambda w: R.hash("evaluation", "qlora", *{"pruning", "pruning_masked", "weight_sharing", "early_exit", "quantization", "combined"} & {w.technique})
     log: f"{FOLDER}/notebooks/3_evaluate-{M}-{T}-seed{S}.ipynb"
     threads: workflow.cores
     shell: f"{STEP} 3_evaluate {GIVEN} --model {{wildcards.model}} --technique {{wildcards.technique}} --seed {{wildcards.seed}}"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MODELS', 'TECHNIQUES', 'TECHNIQUE_NAMES', 'Ratio', 'Positive', 'Count', 'StudyError', 'root', 'Sources', 'Caps',
            'Data', 'Size', 'Bases', 'Pretrain', 'QLoRA', 'PruningMasked', 'Pruning', 'WeightSharing', 'EarlyExit',
-           'Evaluation', 'Recipe', 'one_line', 'recipe_names', 'load_recipe', 'check_parameters', 'Run']
+           'Quantization', 'Combined', 'Evaluation', 'Recipe', 'one_line', 'recipe_names', 'load_recipe',
+           'check_parameters', 'Run']
 
 # %% ../nbs/00_recipes.ipynb #ca5f6fab
 import os
@@ -30,9 +31,10 @@ def root() -> Path: # the folder that holds settings.ini and recipes/
 
 # %% ../nbs/00_recipes.ipynb #9019ea7a
 MODELS = ("tinyllama", "starcoder")
-TECHNIQUES = ("untuned", "base", "pruning_masked", "pruning", "weight_sharing", "early_exit")
+TECHNIQUES = ("untuned", "base", "pruning_masked", "pruning", "weight_sharing", "early_exit", "quantization", "combined")
 TECHNIQUE_NAMES = dict(untuned="Untuned", base="Base Model", pruning_masked="Pruning (masked, as published)",
-                       pruning="Pruning (removed)", weight_sharing="Weight Sharing", early_exit="Early Exit")
+                       pruning="Pruning (removed)", weight_sharing="Weight Sharing", early_exit="Early Exit",
+                       quantization="Quantization (4-bit)", combined="Combined")
 
 # %% ../nbs/00_recipes.ipynb #37bbcd91
 class _Part(BaseModel):
@@ -142,12 +144,14 @@ class Pruning(_Part):
     "Physical removal of feed-forward channels."
     ratio: Ratio = 0.25
     norm: Literal[1, 2] = 2
-    heal_tokens: Count = 150_000 # tokens of QLoRA afterwards; 0 leaves the model unhealed
+    heal_tokens: Count = 150_000 # trained on afterwards; 0 leaves the model unhealed
+    heal: Literal["lora", "full"] = "lora" # adapters on the full-precision weights, or all weights
 
 class WeightSharing(_Part):
     "One matrix for embedding and head."
-    merge: Literal["embedding", "head", "mean"] = "embedding"
-    heal_tokens: Count = 150_000
+    merge: Literal["embedding", "head", "mean", "scaled"] = "scaled"
+    heal_tokens: Count = 300_000
+    heal: Literal["lora", "full"] = "full" # lora trains the shared matrix as well
 
 class EarlyExit(_Part):
     "Stop at a layer whose confidence passes tau."
@@ -156,6 +160,20 @@ class EarlyExit(_Part):
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.999 # of exits with the full model, when calibrated
     steps: Positive = 200
     lr: Annotated[float, Field(gt=0)] = 3e-3
+
+class Quantization(_Part):
+    "Inner matrices in 4 or 8 bits; embedding and head stay as they are."
+    format: Literal["nf4", "int8"] = "nf4"
+    double_quant: bool = True # nf4: the scales as well
+
+class Combined(_Part):
+    "Channels removed, one matrix for embedding and head, healed, then quantised."
+    ratio: Ratio = 0.5
+    norm: Literal[1, 2] = 2
+    merge: Literal["embedding", "head", "mean", "scaled"] = "scaled"
+    heal_tokens: Count = 300_000
+    heal: Literal["lora", "full"] = "full"
+    format: Literal["none", "nf4", "int8"] = "nf4"
 
 # %% ../nbs/00_recipes.ipynb #d7509e5c
 class Evaluation(_Part):
@@ -190,6 +208,8 @@ class Recipe(_Part):
     pruning: Pruning = Pruning()
     weight_sharing: WeightSharing = WeightSharing()
     early_exit: EarlyExit = EarlyExit()
+    quantization: Quantization = Quantization()
+    combined: Combined = Combined()
     evaluation: Evaluation = Evaluation()
 
     def hash(self,

@@ -5,29 +5,41 @@
 # %% auto #0
 __all__ = ['build', 'pruned_example']
 
-# %% ../../nbs/30_compression/05_variants.ipynb #861d9e00
+# %% ../../nbs/30_compression/05_variants.ipynb #a317f42d
 import hashlib, json, shutil
 from collections.abc import Iterator
 from pathlib import Path
 import torch
 from .audit import compare
 from .early_exit import calibrate_tau, save_exits, train_exits
+from .healing import heal
+from .quantization import check_quantizable, quantize
 from .pruning import ffn_scores, kept_channels, prune_ffn, prune_masked, row_mask
 from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
-from ..finetuning.qlora import finetune
-from ..models import blocks, ffn, load_checkpoint, save_checkpoint
+from ..finetuning.qlora import NAMES
+from ..models import architecture, blocks, ffn, load_checkpoint, save_checkpoint
 from ..records import atomic_write
 from ..recipes import TECHNIQUES, Recipe, StudyError
 
-# %% ../../nbs/30_compression/05_variants.ipynb #28a152ae
-def _healed(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, tokens:int, name:str, seed:int):
-    "Save `model`, healed by QLoRA on `tokens` tokens, at `out`."
-    if not tokens: return save_checkpoint(model, tokenizer, out)
+# %% ../../nbs/30_compression/05_variants.ipynb #29ddb349
+def _healed(model, tokenizer, settings, recipe:Recipe, rows:list[dict], out:Path, name:str, seed:int, shared:bool=False):
+    "Save `model` at `out`, healed as `settings` (a part of the recipe) say, and unhealed beside it."
+    if not settings.heal_tokens: return save_checkpoint(model, tokenizer, out)
     save_checkpoint(model, tokenizer, f"{out}_unhealed")
-    finetune(f"{out}_unhealed", rows, recipe.qlora, out, f"heal {name}", seed, tokens)
+    heal(model, tokenizer, rows, recipe.qlora.of(NAMES[architecture(model)]), out, f"heal {name}", settings.heal_tokens, settings.heal, shared, seed)
 
-# %% ../../nbs/30_compression/05_variants.ipynb #8f8e2ca8
+def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:int):
+    "Pruned, then tied, then healed once for both, then quantised."
+    c = recipe.combined
+    cut = prune_ffn(model, c.ratio, c.norm)
+    if c.format != "none": check_quantizable(cut, c.format) # before the training, not after
+    small, _ = share_embedding(cut, c.merge)
+    step = out.with_name(f"{out.name}_healed") if c.format != "none" else out
+    _healed(small, tokenizer, c, recipe, rows, step, "combined", seed, shared=small is not cut)
+    if c.format != "none": quantize(load_checkpoint(step)[0], tokenizer, out, c.format)
+
+# %% ../../nbs/30_compression/05_variants.ipynb #425984ed
 def _batches(tokenizer, rows:list[dict], limit:int, batch_size:int, n:int, seed:int) -> list[dict]: # of tensors
     "`n` batches of rows, cycling."
     encoded = encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in rows], limit)
@@ -43,12 +55,12 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     batches = lambda rs, n: _batches(tokenizer, rs, limit, recipe.qlora.batch_size, n, seed)
     heads = train_exits(model, batches(rows, s.steps), list(s.exits), s.steps, s.lr, seed)
     check = batches(validation, max(1, len(validation)//recipe.qlora.batch_size))
-    tau = s.tau
-    if tau is None: tau, table = calibrate_tau(model, heads, check, s.agreement)
+    tau, table = calibrate_tau(model, heads, check, s.agreement)
     save_checkpoint(model, tokenizer, out)
-    save_exits(out, heads, tau, agreement=s.agreement, calibrated=s.tau is None)
+    save_exits(out, heads, s.tau or tau, agreement=s.agreement, calibrated=s.tau is None)
+    table.to_json(out/"tau_sweep.json", orient="records", indent=1)
 
-# %% ../../nbs/30_compression/05_variants.ipynb #4250eae9
+# %% ../../nbs/30_compression/05_variants.ipynb #b583f6d9
 def _made_of(technique:str, recipe:Recipe, tuned:Path, seed:int) -> dict:
     "What a variant depends on; if any of it changes, the variant is made anew."
     digest = hashlib.sha256()
@@ -77,10 +89,13 @@ def build(
         else:
             model, tokenizer = load_checkpoint(tuned)
             if technique == "pruning_masked": save_checkpoint(prune_masked(model, recipe.pruning_masked.ratio, recipe.pruning_masked.norm), tokenizer, out)
-            if technique == "pruning": _healed(prune_ffn(model, recipe.pruning.ratio, recipe.pruning.norm), tokenizer, recipe, rows, out, recipe.pruning.heal_tokens, technique, seed)
+            if technique == "pruning": _healed(prune_ffn(model, recipe.pruning.ratio, recipe.pruning.norm), tokenizer, recipe.pruning, recipe, rows, out, technique, seed)
             if technique == "weight_sharing":
-                shared, verdict = share_embedding(model, recipe.weight_sharing.merge)
-                _healed(shared, tokenizer, recipe, rows, out, 0 if shared is model else recipe.weight_sharing.heal_tokens, technique, seed)
+                small, _ = share_embedding(model, recipe.weight_sharing.merge)
+                if small is model: save_checkpoint(model, tokenizer, out) # tied already: nothing was cut, nothing is healed
+                else: _healed(small, tokenizer, recipe.weight_sharing, recipe, rows, out, technique, seed, shared=True)
+            if technique == "quantization": quantize(model, tokenizer, out, recipe.quantization.format, recipe.quantization.double_quant)
+            if technique == "combined": _combined(model, tokenizer, recipe, rows, out, seed)
         with atomic_write(out/"variant.json") as f: json.dump(made_of, f)
     return out, compare(tuned, out, technique)
 

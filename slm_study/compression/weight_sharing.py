@@ -14,8 +14,8 @@ from ..recipes import StudyError
 from ..models import input_embedding, lm_head
 from .audit import compare
 
-# %% ../../nbs/30_compression/02_weight_sharing.ipynb #fe086848
-MERGES = ("embedding", "head", "mean")
+# %% ../../nbs/30_compression/02_weight_sharing.ipynb #a463a12f
+MERGES = ("embedding", "head", "mean", "scaled")
 
 def merged(
     embedding:torch.Tensor, # [vocab, hidden]
@@ -25,12 +25,13 @@ def merged(
     "The one matrix that takes the place of two."
     if merge not in MERGES: raise StudyError(f"weight_sharing.merge: {merge!r} is not one of {', '.join(MERGES)}")
     if embedding.shape != head.shape: raise StudyError(f"weight_sharing: embedding {tuple(embedding.shape)} and head {tuple(head.shape)} differ in shape and cannot be one matrix")
+    if merge == "scaled": embedding = embedding*(head.norm()/embedding.norm()) # to the head's size, so that neither drowns the other
     return (embedding.clone() if merge == "embedding" else head.clone() if merge == "head" else (embedding + head)/2)
 
-# %% ../../nbs/30_compression/02_weight_sharing.ipynb #8b800274
+# %% ../../nbs/30_compression/02_weight_sharing.ipynb #29d09572
 def share_embedding(
     model:PreTrainedModel, # llama or gpt_bigcode; left as it is
-    merge:str="mean"       # which matrix survives: "embedding", "head" or "mean"
+    merge:str="mean"       # which matrix survives: one of MERGES
 ) -> tuple[PreTrainedModel, str]: # tied copy (an already tied model itself), the audit's verdict
     "Tie head and embedding: one storage, in memory and in the checkpoint."
     old_e, old_h = input_embedding(model).weight, lm_head(model).weight
