@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     _add_export(commands)
     b = commands.add_parser("bench", help="how fast the parts are, beside what one would use instead", description="Run the parts that have something to be compared with, both in one run, and print the ratios. All benches take some minutes.",
                             epilog="example:  slm-study bench --what sandbox")
-    b.add_argument("--what", action="append", help="sandbox or corpus; may be repeated; default: all")
+    b.add_argument("--what", action="append", help="a bench, such as sandbox or corpus; may be repeated; default: all")
     return p
 
 # %% ../../nbs/70_assistant/00_cli.ipynb #3e81ff03

@@ -201,7 +201,7 @@ def figure_1(
 ) -> plt.Axes:
     "Dataset preparation: sources, prompts, pairs."
     ax, m = _canvas(13.2, 7.4, (11, 5.6)), manifest or {}
-    rows = lambda name: f"\n{m['files'][name]['rows']:,} rows" if m else ""
+    rows = lambda name: f"\n{m['files'][name]['rows']:,} rows" if name in m.get("files", {}) else "\n(bases are shipped)" if m else ""
     texts = _box(ax, 11.2, 4.7, "pre-training" + rows("pretrain.jsonl"), w=3, h=1.1, colour="#FDF3DC")
     for i, (key, (name, form)) in enumerate(_SOURCES.items()):
         source = _box(ax, 1.9, 6.6 - 1.15*i, name + _counts(m.get("sources", {}).get(key)), w=3.4, h=.9)
