@@ -179,7 +179,7 @@ def lean_loss(
     model.forward = forward
     return net
 
-# %% ../../nbs/20_finetuning/00b_adapters.ipynb #76a93f4d
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #2aa653f3
 def needed_mib(
     config,          # of a llama or gpt_bigcode model
     settings:QLoRA,
@@ -199,7 +199,8 @@ def needed_mib(
     tokens = rows*length
     block = tokens*(20*hidden*3 + 8*width*3) + 3*rows*heads*length**2*4
     activations = block + layers*tokens*hidden*4 if settings.checkpointing else block*layers
-    return (weights + activations + 4*tokens*config.vocab_size*4)/2**20
+    logits = (1 if settings.checkpointing else 4)*tokens*config.vocab_size*4
+    return 1.3*(weights + activations + logits)/2**20
 
 def available_mib() -> float|None: # MiB; None where the system does not tell
     "Memory that this process may still take: the machine's, or its control group's if that is less."
