@@ -31,8 +31,8 @@ def root() -> Path: # the folder that holds settings.ini and recipes/
 
 # %% ../nbs/00_recipes.ipynb #9019ea7a
 MODELS = ("tinyllama", "starcoder")
-TECHNIQUES = ("untuned", "base", "pruning_masked", "pruning", "weight_sharing", "early_exit", "quantization", "combined")
-TECHNIQUE_NAMES = dict(untuned="Untuned", base="Base Model", pruning_masked="Pruning (masked, as published)",
+TECHNIQUES = ("untuned", "base", "names", "pruning_masked", "pruning", "weight_sharing", "early_exit", "quantization", "combined")
+TECHNIQUE_NAMES = dict(untuned="Untuned", base="Base Model", names="Base without slots", pruning_masked="Pruning (masked, as published)",
                        pruning="Pruning (removed)", weight_sharing="Weight Sharing", early_exit="Early Exit",
                        quantization="Quantization (4-bit)", combined="Combined")
 

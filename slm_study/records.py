@@ -101,6 +101,8 @@ METRICS = dict(
     exec_pct=MetricInfo("%", "programs that run to their end, of all prompts", False),
     accuracy_pct=MetricInfo("%", "programs that give the right answer, of all prompts", False),
     same_text_pct=MetricInfo("%", "prompts answered with the very text that torch gives", False),
+    **{f"accuracy_{s}_pct": MetricInfo("%", f"programs that give the right answer, of the prompts with {about}", False) for s, about in
+       dict(iid="new parameters", phrasing="wordings never trained on", composition="combinations never trained on", schema="names never trained on", format="log formats never trained on").items()},
     q_score=MetricInfo("points", "five criteria met, 0-100 (paper, 3.4.2)", False),
     q_score_keywords=MetricInfo("points", "the published code's keyword score, 0-100", False),
 )

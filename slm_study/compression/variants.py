@@ -17,7 +17,7 @@ from .quantization import check_quantizable, quantize
 from .pruning import ffn_scores, kept_channels, prune_ffn, prune_masked, row_mask
 from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
-from ..finetuning.qlora import NAMES
+from ..finetuning.qlora import NAMES, finetune
 from ..models import architecture, blocks, ffn, load_checkpoint, save_checkpoint
 from ..records import atomic_write
 from ..recipes import TECHNIQUES, Recipe, StudyError
@@ -82,10 +82,13 @@ def build(
     if technique not in TECHNIQUES: raise StudyError(f"technique: {technique!r} is not one of {', '.join(TECHNIQUES)}")
     if technique == "untuned": return pretrained, compare(pretrained, pretrained)
     if technique == "base": return tuned, compare(tuned, tuned)
+    if technique == "names": tuned = pretrained # tuned from there, with the real names
     made_of = _made_of(technique, recipe, tuned, seed)
     if not (out/"variant.json").exists() or json.loads((out/"variant.json").read_text()) != made_of:
         shutil.rmtree(out, ignore_errors=True)
-        if technique == "early_exit": _early_exit(tuned, recipe, rows, validation, out, seed)
+        plain = [[dict(prompt=r["plain_prompt"], completion=r["plain_completion"]) for r in rs] for rs in (rows, validation)] if technique == "names" else None
+        if technique == "names": finetune(pretrained, plain[0], recipe.qlora, out, "QLoRA without slots", seed, validation=plain[1])
+        elif technique == "early_exit": _early_exit(tuned, recipe, rows, validation, out, seed)
         else:
             model, tokenizer = load_checkpoint(tuned)
             if technique == "pruning_masked": save_checkpoint(prune_masked(model, recipe.pruning_masked.ratio, recipe.pruning_masked.norm), tokenizer, out)

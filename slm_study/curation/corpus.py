@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELD_BACK', 'PRETRAIN_FAMILIES', 'TEST_SPLITS', 'HELD_OUT_ONE_IN', 'STEPS', 'make_pair', 'normalise', 'Guard',
-           'held_out_tasks', 'load_tasks', 'split_of', 'SourceRows', 'curate']
+           'held_out_tasks', 'without_slots', 'load_tasks', 'split_of', 'SourceRows', 'curate']
 
 # %% ../../nbs/10_curation/10_corpus.ipynb #cfb4d36f
 import hashlib
@@ -110,6 +110,12 @@ def held_out_tasks(
         prompt, values = render(t.request, t.handover, t.columns, slots, *([t.sample] if getattr(t, "sample", "") else []))
         return replace(t, prompt=prompt, slots=values)
     return [prompted(t) for t in tasks]
+
+def without_slots(
+    tasks:list, # of Task
+)-> list: # of Task
+    "The same tasks with real names in their prompts."
+    return [replace(t, prompt=render(t.request, t.handover, t.columns, False, *([t.sample] if getattr(t, "sample", "") else []))[0], slots={}) for t in tasks]
 
 def load_tasks(
     path:Path, # a test.jsonl

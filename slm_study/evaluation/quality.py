@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..records import Metric
 from ..curation.slots import fill_slots
-from ..curation.tasks import same_answer
+from ..curation.tasks import SPLITS, same_answer
 from .repair import parses, repair
 from .sandbox import Job, Outcome, Sandbox
 from .statistics import bootstrap_mean, wilson
@@ -133,11 +133,13 @@ def quality_metrics(
 )->list[Metric]: # of all prompts
     "The study's quality numbers; every denominator is the number of prompts."
     col = lambda k: [s[k] for s in samples]
+    splits = [(s, [x["correct"] for x in samples if x["split"] == s]) for s in SPLITS[2:]]
     syntax = [not v for v in col("compiles_raw")]
     low, high = wilson(sum(syntax), len(samples))
     return [_rate("inference_success_pct", [s["stop_reason"] == "eos" and not s["empty"] for s in samples]),
             Metric("syntax_errors", sum(syntax), low*len(samples), high*len(samples), len(samples)),
             _rate("valid_raw_pct", col("valid_raw")), _rate("valid_pct", col("valid")), _rate("exec_pct", col("executed")), _rate("accuracy_pct", col("correct")),
+            *(_rate(f"accuracy_{s}_pct", hits) for s, hits in splits if hits),
             _mean("q_score", col("q_score")), _mean("q_score_keywords", col("q_score_keywords"))]
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #acdf0945
