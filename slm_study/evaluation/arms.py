@@ -112,7 +112,7 @@ def work(
     _, _, prefill, rest, _ = arm.run(rows, n, True)
     return dict(prefill_ms=1e3*prefill, ms_per_token=1e3*rest/(n - 1)/len(rows))
 
-# %% ../../nbs/50_evaluation/04b_arms.ipynb #0dce0d87
+# %% ../../nbs/50_evaluation/04b_arms.ipynb #73cf46b6
 def _end_with_parent():
     "Ask Linux to kill this process when the one that started it is gone."
     try: ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG
@@ -132,6 +132,7 @@ def serve(spec_file:str):
         for line in sys.stdin: print(json.dumps(work(arm, **json.loads(line))), file=answers)
     except StudyError as e: sys.exit(str(e))
 
+# %% ../../nbs/50_evaluation/04b_arms.ipynb #1db3be12
 class Arm:
     "The parent's end of an arm."
     def __init__(self,

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['library', 'Llama', 'tokenize', 'detokenize', 'Written', 'write', 'write_batch']
 
-# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #c05439e0
+# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #67589378
 import ctypes, importlib.util, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 
 from ..recipes import StudyError
 
@@ -51,7 +52,7 @@ def library() -> ctypes.CDLL: # llama.cpp
 
 def _why(): return next(iter(_loaded["errors"]), "no reason given")[:160]
 
-# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #e1e3aae5
+# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #adc8db68
 class Llama:
     "A GGUF file in memory; a context manager."
     def __init__(self,
@@ -104,16 +105,19 @@ class Llama:
 
     def clear(self): self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
-    def read(self,
-        ids:list[int],   # a prompt
-        sequence:int=0
-    ) -> np.ndarray: # [vocab], logits after its last token
-        "Fill one sequence's cache with a prompt."
-        if not 0 < len(ids) < self.positions: raise StudyError(f"prompt: {len(ids)} tokens do not fit {self.positions} positions; give 1 to {self.positions-1}")
-        for start in range(0, len(ids), self.width):
-            part = ids[start:start + self.width]
-            self.feed([(t, start + j, sequence, start + j == len(ids) - 1) for j, t in enumerate(part)])
-        return self.logits(len(part) - 1)
+# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #038c3b20
+@patch
+def read(
+    self:Llama,
+    ids:list[int],   # a prompt
+    sequence:int=0
+) -> np.ndarray: # [vocab], logits after its last token
+    "Fill one sequence's cache with a prompt."
+    if not 0 < len(ids) < self.positions: raise StudyError(f"prompt: {len(ids)} tokens do not fit {self.positions} positions; give 1 to {self.positions-1}")
+    for start in range(0, len(ids), self.width):
+        part = ids[start:start + self.width]
+        self.feed([(t, start + j, sequence, start + j == len(ids) - 1) for j, t in enumerate(part)])
+    return self.logits(len(part) - 1)
 
 # %% ../../nbs/40_runtime/01_llama_cpp.ipynb #b4b7fcf0
 def tokenize(
