@@ -25,7 +25,7 @@ from .pretrain import ATTENTION
 from ..models import architecture, lm_head
 from ..recipes import QLoRA, StudyError
 
-# %% ../../nbs/20_finetuning/00b_adapters.ipynb #59e784d7
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #dd7c1f8e
 COMPUTE = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 def _fill(model, name:str, tensor, double_quant:bool, outer):
@@ -51,6 +51,7 @@ def _tensors(path:Path):
                 with safe_open(file, "pt") as f: yield name, f.get_tensor(name)
         except SafetensorError as e: raise StudyError(f"{file}: truncated or damaged ({e}); delete {path} and make it again") from None
 
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #2a1e7065
 @contextlib.contextmanager
 def _freed_at_once():
     "Give buffers over 256 KiB back to the system when they are freed (glibc), so that what loading has let go does not stay resident."
@@ -137,6 +138,7 @@ class _Adapted(torch.autograd.Function):
             dx = dx.view(*g.shape[:-1], -1)
         return dx, None, None, (low.T @ dropped).float(), (gs.T @ h).float()*ctx.scale, None, None
 
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #dense001
 def _dense(layer): # [out, in], in the compute type
     return layer.dense if getattr(layer, "dense", None) is not None else bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
@@ -179,7 +181,7 @@ def lean_loss(
     model.forward = forward
     return net
 
-# %% ../../nbs/20_finetuning/00b_adapters.ipynb #2aa653f3
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #ff2b2ed6
 def needed_mib(
     config,          # of a llama or gpt_bigcode model
     settings:QLoRA,
@@ -200,7 +202,7 @@ def needed_mib(
     block = tokens*(20*hidden*3 + 8*width*3) + 3*rows*heads*length**2*4
     activations = block + layers*tokens*hidden*4 if settings.checkpointing else block*layers
     logits = (1 if settings.checkpointing else 4)*tokens*config.vocab_size*4
-    return 1.3*(weights + activations + logits)/2**20
+    return 1.5*(weights + activations + logits)/2**20 + 64
 
 def available_mib() -> float|None: # MiB; None where the system does not tell
     "Memory that this process may still take: the machine's, or its control group's if that is less."
