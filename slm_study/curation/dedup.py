@@ -44,7 +44,7 @@ def hashed(
     "A set of strings in four bytes each."
     return np.unique(np.fromiter((crc32(s.encode("utf-8", "replace")) for s in items), np.uint32, len(items)))
 
-# %% ../../nbs/10_curation/09_dedup.ipynb #908a16c1
+# %% ../../nbs/10_curation/09_dedup.ipynb #1d1fc140
 class Repeats:
     "Remembers the rows seen; says what a new one repeats."
     def __init__(self,
@@ -54,6 +54,17 @@ class Repeats:
         from rensa import RMinHash, RMinHashLSH
         self.threshold, self._signature = threshold, lambda: RMinHash(num_perm=128, seed=seed)
         self.exact, self.rows, self.bands = set(), [], RMinHashLSH(threshold=threshold, num_perm=128, num_bands=32)
+        self.signs = np.empty((1024, 128), np.uint32) # signatures of the rows; grows by doubling
+
+    def _like(self, signature, small):
+        "Is a remembered row this like?"
+        found = np.array(self.bands.query(signature), int)
+        sign = np.array(signature.digest(), np.uint32)
+        close = found[(self.signs[found] == sign).mean(1) > self.threshold - 0.15] if found.size else found
+        if any(jaccard(small, self.rows[i]) >= self.threshold for i in close): return True
+        if len(self.rows) == len(self.signs): self.signs = np.concatenate([self.signs, np.empty_like(self.signs)])
+        self.signs[len(self.rows)] = sign
+        return False
 
     def reason(self,
         text:str, # of a row
@@ -66,7 +77,7 @@ class Repeats:
         items = shingles(text, code)
         signature, small = self._signature(), hashed(items)
         signature.update(items)
-        if any(jaccard(small, self.rows[i]) >= self.threshold for i in self.bands.query(signature)): return "nearly repeats a row"
+        if self._like(signature, small): return "nearly repeats a row"
         self.bands.insert(len(self.rows), signature)
         self.rows.append(small)
 
