@@ -1,13 +1,15 @@
 "Curation where it does not teach: other processes, hostile text, the splits in bulk."
-import json, os, random, subprocess, sys
+import json, os, random, re, subprocess, sys
 
 import pytest
 
 from slm_study.curation.corpus import make_pair
-from slm_study.curation.questions import AGGREGATES
+from slm_study.curation import questions
+from slm_study.curation.questions import AGGREGATES, held_out
 from slm_study.curation.slots import SLOT_COUNTS, SLOT_TOKENS, Column, fill_slots, program_to_slots, to_slots
 from slm_study.curation.sources import SOURCES, load_source
-from slm_study.curation.tasks import FAMILIES, generate_tasks, make_task, sample_pair, same_answer
+from slm_study.curation.log_formats import FORMATS, HELD_OUT_FORMATS
+from slm_study.curation.tasks import FAMILIES, LOG_FAMILIES, SCIENCE_FAMILIES, SPLITS, TABLE_FAMILIES, Task, families_of, generate_tasks, make_task, run_reference, sample_pair, same_answer
 from slm_study.curation.worlds import WORLDS, all_names
 from slm_study.recipes import StudyError
 
@@ -19,26 +21,119 @@ def run_python(code:str, **env)-> str:
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
-def test_same_seed_same_tasks_in_another_process():
-    code = ("import hashlib, json, random\nfrom slm_study.curation.tasks import generate_tasks\nfrom slm_study.curation.corpus import make_pair\n"
-            "tasks = [t.to_dict() for t in generate_tasks(12, 3, 'schema')]\nrng = random.Random('x')\npairs = [make_pair(rng) for _ in range(300)]\n"
-            "print(hashlib.sha256(json.dumps([tasks, pairs], sort_keys=True).encode()).hexdigest())")
-    assert run_python(code, PYTHONHASHSEED="1") == run_python(code, PYTHONHASHSEED="77")
+MANY = """
+import hashlib, json, random
+from slm_study.curation.tasks import SPLITS, generate_tasks
+from slm_study.curation.corpus import make_pair
+if __name__ == "__main__":
+    tasks = [t.to_dict() for s in SPLITS for t in generate_tasks(6, 3, s, workers=%d)]
+    rng = random.Random("x")
+    print(hashlib.sha256(json.dumps([tasks, [make_pair(rng) for _ in range(200)]], sort_keys=True).encode()).hexdigest())
+"""
 
-def test_references_answer_in_a_fresh_interpreter(tmp_path):
-    for task in generate_tasks(8, 11, "iid", ("bursts", "plot", "log_top", "failed_logins", "group_share", "describe", "largest_rows", "pendulum")):
-        for name, text in task.files.items(): (tmp_path/name).write_text(text, encoding="utf-8")
-        out = subprocess.run([sys.executable, "-c", task.preamble + task.program], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"}, timeout=120)
-        assert same_answer(task.answer, out.stdout), (task.request, out.stdout, out.stderr[-500:])
+def test_same_bytes_in_another_process_with_other_hashes_and_workers(tmp_path):
+    (tmp_path/"two.py").write_text(MANY % 2) # processes are started anew, so they need a file
+    two = subprocess.run([sys.executable, "two.py"], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.getcwd()}, timeout=200)
+    assert two.returncode == 0, two.stderr[-1500:]
+    assert run_python(MANY % 1, PYTHONHASHSEED="1") == two.stdout
+
+FRESH = """
+import contextlib, io, json, os, sys
+for i, (files, program) in enumerate(json.load(open("tasks.json"))):
+    os.makedirs(str(i)); os.chdir(str(i))
+    for name, text in files.items(): open(name, "w", encoding="utf-8").write(text)
+    with contextlib.redirect_stdout(io.StringIO()) as out: exec(program, {"__name__": "__main__"})
+    os.chdir("..")
+    print(json.dumps(out.getvalue()))
+"""
+
+def test_references_answer_in_a_fresh_interpreter_with_other_threads(tmp_path):
+    tasks = [make_task(11, "iid", (f,)) for f in FAMILIES]
+    (tmp_path/"tasks.json").write_text(json.dumps([(t.files, t.preamble + t.program) for t in tasks]))
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "2", "PYTHONHASHSEED": "5"})
+    assert out.returncode == 0, out.stderr[-1500:]
+    for task, line in zip(tasks, out.stdout.splitlines(), strict=True): assert same_answer(task.answer, json.loads(line)), (task.request, line)
+
+def test_there_are_enough_families_and_wordings():
+    machine = set(LOG_FAMILIES) | {"group_percentile", "distinct_per_group", "group_portion", "common_pair", "cross_table", "group_top_row", "period_aggregate", "busiest_period",
+                                   "period_share", "rolling", "crossings", "changes", "sessions", "cumulative", "missing", "missing_by", "without_duplicates"}
+    assert machine <= set(FAMILIES)
+    assert len(FAMILIES) >= 45 and len(machine) >= 25 and len(SCIENCE_FAMILIES) >= 20
+    assert len(set(FORMATS) - set(HELD_OUT_FORMATS)) >= 8 and len(HELD_OUT_FORMATS) >= 2
+    assert {f.difficulty for f in FAMILIES.values()} == {1, 2, 3}
+    for f in FAMILIES.values(): assert len(set(f.wordings)) >= 10, f.name
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_varies(family):
     rng = random.Random(5)
-    pairs = [sample_pair(rng, "train", (family,)) for _ in range(150)]
-    assert len({p[0] for p in pairs}) > 30
-    assert len({p[3] for p in pairs}) >= 3
-    assert all(20 < len(p[3]) < 600 for p in pairs)
-    assert len({json.dumps(make_task(i, "iid", (family,)).answer) for i in range(8)}) >= 3
+    pairs = [sample_pair(rng, "train", (family,)) for _ in range(100)]
+    assert len({p[0] for p in pairs}) > 40
+    assert len({p[3] for p in pairs}) >= 20
+    for p in pairs:
+        assert p[3].count("\n") <= 14 and len(re.sub(r"r'[^'\n]*'", "''", p[3])) < 660, p[3] # patterns of logs apart
+    tasks = [make_task(i, "iid", (family,)) for i in range(4)]
+    assert len({json.dumps(t.answer) for t in tasks}) >= 2
+    assert all(same_answer(t.answer, run_reference(t.program, t.files, t.preamble)[1]) for t in tasks[:2])
+    assert Task.from_dict(json.loads(json.dumps(tasks[0].to_dict()))) == tasks[0]
+
+def fold(text): return " ".join(text.casefold().split()).strip(" .?!")
+
+def test_no_split_shares_a_request_or_a_program_with_training():
+    rng = random.Random(1)
+    train = [sample_pair(rng) for _ in range(20_000)]
+    requests, programs = {fold(p[0]) for p in train}, {p[3] for p in train}
+    for split in SPLITS[1:]:
+        for _ in range(300):
+            request, _, _, program, name, _ = sample_pair(rng, split)
+            assert fold(request) not in requests and program not in programs, (split, name, request, program)
+
+@pytest.fixture
+def parts(monkeypatch):
+    "Draws of a split with the parts of the last question"
+    last, init = [], questions.Question.__init__
+    def remember(self, *args, **kw):
+        init(self, *args, **kw)
+        last[:] = [self]
+    monkeypatch.setattr(questions.Question, "__init__", remember)
+    def draw(rng, split, family): return sample_pair(rng, split, (family,)), last[0]
+    return draw
+
+def test_combinations_are_held_out_and_every_part_is_trained(parts):
+    rng, trained, tested = random.Random(3), set(), set()
+    for name in FAMILIES:
+        for _ in range(40):
+            q = parts(rng, "train", name)[1]
+            assert not any(held_out(name, p) for p in q.parts)
+            trained |= set(q.parts)
+    for name in families_of("composition"):
+        for _ in range(8):
+            q = parts(rng, "composition", name)[1]
+            assert any(held_out(name, p) for p in q.parts)
+            tested |= set(q.parts)
+    assert len(trained) >= 20 and tested <= trained, tested - trained
+    assert len(families_of("composition")) >= 25
+
+def test_held_out_wordings_are_said_in_phrasing_alone(monkeypatch, parts):
+    said, format_wording = [], questions.ALTERNATIVES
+    class Spy: # sees which wording is chosen
+        def sub(self, f, wording):
+            said.append(wording)
+            return format_wording.sub(f, wording)
+    monkeypatch.setattr(questions, "ALTERNATIVES", Spy())
+    rng = random.Random(4)
+    for split in ("train", "iid", "composition", "schema", "phrasing"):
+        for name in families_of(split):
+            for _ in range(4):
+                parts(rng, split, name)
+                ways = FAMILIES[name].wordings
+                assert said[-1] in (ways[-2:] if split == "phrasing" else ways[:-2]), (split, said[-1])
+
+def test_held_out_formats_are_in_format_alone():
+    rng = random.Random(6)
+    for split in SPLITS:
+        seen = {v for _ in range(300) for c in sample_pair(rng, split, tuple(LOG_FAMILIES))[2] if c.kind == "file" for v in c.values} if split != "composition" else \
+            {v for _ in range(300) for c in sample_pair(rng, split)[2] if c.kind == "file" for v in c.values} - {"csv", "jsonl"}
+        assert seen and (seen <= set(HELD_OUT_FORMATS) if split == "format" else not seen & set(HELD_OUT_FORMATS)), (split, seen)
 
 def test_schema_split_shares_no_name_with_training():
     rng, known = random.Random(2), all_names("train")
@@ -50,7 +145,7 @@ def test_pairs_are_linked_and_round_trip():
     rng, left = random.Random(9), 0
     for split in ("train", "schema"):
         for _ in range(1500):
-            request, _, columns, program, _ = sample_pair(rng, split)
+            request, _, columns, program, *_ = sample_pair(rng, split)
             slots = to_slots(request, columns).slots
             p = program_to_slots(program, slots)
             assert fill_slots(p, slots) == program

@@ -13,7 +13,7 @@ import random
 
 from .slots import Column, plural
 from .worlds import FIELDS, FILE_NAMES
-from .questions import Family, Question, assemble, family, say_file, say_value, word
+from .questions import Family, Question, allowed, ask, assemble, family, say_file, say_value, word
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #27dd42bb
 LOG_FAMILIES, SIMULATION_FAMILIES = {}, {}
@@ -29,7 +29,11 @@ class LogQuestion(Question):
         rng:random.Random, # the only source of chance
         fmt:str, # a key of FIELDS
         file:str, # name of the log
-    ): self.rng, self.fmt, self.file, self.numbers = rng, fmt, file, set()
+        family:str="", # its name
+        split:str="train", # one of tasks.SPLITS
+    ):
+        super().__init__(rng, None, family, split)
+        self.fmt, self.file = fmt, file
 
     def field(self,
         numeric:bool=False, # a field that holds numbers?
@@ -246,14 +250,16 @@ def logistic_growth(q):
 def ask_log(
     rng:random.Random, # the only source of chance
     family:Family, # of LOG_FAMILIES
-)-> tuple: # request, columns (one, of kind file), program
+    split:str="train", # one of tasks.SPLITS
+)-> tuple: # request, columns (one, of kind file), program, {file: format}; None where the split may not have it
     "One question of a family about a log file."
     formats = [f for f in FIELDS if family.name != "log_numbers" or any(x.numeric for x in FIELDS[f].values())]
     fmt = "openssh" if family.name == "failed_logins" else rng.choice(formats)
     file = rng.choice(FILE_NAMES[fmt])
-    fields, lines = family.build(LogQuestion(rng, fmt, file))
-    request = say_file(rng, word(rng, family, fields), file)
-    return request, (Column(file, "file", (fmt,)),), assemble(lines)
+    fields, lines = family.build(q := LogQuestion(rng, fmt, file, family.name, split))
+    program = assemble(lines)
+    if not allowed(q, program): return None
+    return ask(rng, family, fields, split, file), (Column(file, "file", (fmt,)),), program, {file: fmt}
 
 def ask_simulation(
     rng:random.Random, # the only source of chance

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['TABLE_FAMILIES', 'PERIODS', 'show_families', 'count_rows', 'count_by', 'aggregate', 'describe', 'first_last',
            'correlation', 'list_values', 'top_values', 'group_aggregate', 'group_extreme', 'share', 'group_share',
-           'say_period', 'per_period', 'percentile', 'largest_rows', 'longest_gap', 'linear_fit', 'compare_groups',
-           'plot', 'zscore_count', 'bursts', 'groups_over', 'longest_run', 'ask_table']
+           'say_period', 'ask_table']
 
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #c83f4a8b
+# %% ../../nbs/10_curation/05_table_tasks.ipynb #d6ceb04d
 import contextlib
 import functools
 import io
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .slots import Column
-from .worlds import draw_table, draw_threshold, fill_table
+from .worlds import draw_table, fill_table
 from .questions import Family, Question, allowed, ask, assemble, condition, family, filtered, reader, say_aggregate, say_column, say_value, word
 
 # %% ../../nbs/10_curation/05_table_tasks.ipynb #8cec4f1b
@@ -209,7 +208,7 @@ def group_extreme(q):
     return (dict(agg=agg.replace(" of", ""), ext=ext, x=say_column(q.rng, x), c=say_column(q.rng, c), where=where),
             [*lines, f"print({rows}.groupby({c.name!r})[{x.name!r}].{f}().{pick}())"])
 
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #0ddb618b
+# %% ../../nbs/10_curation/05_table_tasks.ipynb #5a33e578
 @_family(2, "category number", """
     what [share|percentage|fraction in percent] of [rows|records|entries] are{cond}?
     percentage of [rows|entries]{cond}
@@ -250,205 +249,6 @@ def say_period(
     p = q.rng.choice(("hour", "hour", "day", "weekday"))
     q.combine(f"per {p}")
     return p, {"hour": "hourly", "day": "daily"}.get(p, p)
-
-@_family(2, "time", """
-    [rows|entries|events] per {p}{where}
-    how many [rows|records|entries] [per|in each] {p}{where}?
-    count [rows|events|entries] by {p}{where}
-    [show|print|give me] the number of [entries|rows] for each {p}{where}
-    {ply} [counts|totals]{where}
-    how do the [rows|entries] spread over the {p}s{where}
-    group the [rows|records] by {p} and count them{where}
-    for every {p}, the count of [rows|entries]{where}
-    when along the {p}s do the [rows|entries] come{where}, as counts
-    activity over the {p}s{where}""")
-def per_period(q):
-    t, (p, ply) = q.take("time"), say_period(q)
-    where, lines, rows = filtered(q, 0.5)
-    return dict(p=p, ply=ply, where=where), [*lines, f"print({rows}[{t.name!r}].{PERIODS[p]}.value_counts().sort_index())"]
-
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #09a29139
-@_family(2, "number", """
-    {n}th percentile of {x}{where}
-    what is the {n}th percentile of {x}{where}?
-    [compute|find|print] the {n}th percentile of {x}{where}
-    p{n} of {x}{where}
-    [give me|show] the {n} % quantile of {x}{where}
-    below which {x} are {n} % of the [rows|entries]{where}
-    the {n}th percentile {x}{where}, please
-    {x} at the {n}th percentile{where}
-    which {x} marks the {n}th percentile{where}
-    cut {x} at the {n} % point{where} and print that value""")
-def percentile(q):
-    x, n = q.take("number"), q.number(q.rng.choice((5, 10, 25, 75, 90, 95, 98, 99)))
-    where, lines, rows = filtered(q, 0.4)
-    return dict(n=n, x=say_column(q.rng, x), where=where), [*lines, f"print(round({rows}[{x.name!r}].quantile({n} / 100), 3))"]
-
-@_family(2, "category number", """
-    the {y} of the {n} [rows|entries] with the {ext} {x}{where}
-    which {y} [belong to|have] the {n} {ext} {x}{where}?
-    [list|print|show] {y} for the {n} {ext} {x}{where}
-    sort by {x} and list the {y} of the {n} {ext}{where}
-    {n} {ext} {x}{where}: print their {y}
-    [give me|find] the {y} of the {n} {ext} {x} values{where}
-    take the {n} [rows|records] with {ext} {x}{where} and list {y}
-    {y} of the {ext} {n} by {x}{where}
-    going by {x}{where}, name the {y} of the {ext} {n}
-    {n} [rows|entries] stand out by {ext} {x}{where}: their {y}""", ordered=True)
-def largest_rows(q):
-    x, n = q.take("number"), q.few()
-    y = q.take(q.rng.choice([c.kind for c, _ in q.free]))
-    y = y if y.kind != "time" else x # a list of moments is no fun to read
-    ext, f = q.rng.choice((("highest", "nlargest"), ("largest", "nlargest"), ("lowest", "nsmallest"), ("smallest", "nsmallest")))
-    q.combine(f"pick {f}")
-    where, lines, rows = filtered(q, 0.35)
-    return (dict(x=say_column(q.rng, x), y=say_column(q.rng, y), n=say_value(q.rng, n), ext=ext, where=where),
-            [*lines, f"top = {rows}.{f}({n}, {x.name!r})", f"print(top[{y.name!r}].tolist())"])
-
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #d18a1b7e
-@_family(2, "time", """
-    longest gap between [rows|entries|events] in {u}{where}
-    what is the longest [gap|pause|silence] in {u}{where}?
-    [find|compute|print] the longest gap between consecutive [rows|entries]{where}, in {u}
-    how many {u} was the longest silence{where}
-    longest time without an entry{where}, in {u}
-    [show|give me] the biggest gap in {t}{where} in {u}
-    for how many {u} did nothing arrive at most{where}
-    max gap {t} {u}{where}
-    the widest hole in the data{where}, in {u}
-    from one [row|entry] to the next{where}, what is the longest wait in {u}""")
-def longest_gap(q):
-    t, u = q.take("time"), q.rng.choice(("seconds", "minutes"))
-    where, lines, rows = filtered(q, 0.4)
-    result = "gaps.max()" if u == "seconds" else "round(gaps.max() / 60, 3)"
-    return dict(u=u, t=say_column(q.rng, t), where=where), [*lines, f"gaps = {rows}[{t.name!r}].sort_values().diff().dt.total_seconds()", f"print({result})"]
-
-@_family(2, "number number", """
-    fit a [straight line|line] of {b} [against|over|versus] {a}
-    linear [fit|regression] of {b} on {a}: slope and intercept
-    [find|compute|print] slope and intercept of {b} as a function of {a}
-    how does {b} depend linearly on {a}? print slope and intercept
-    least squares line for {b} [against|over] {a}
-    [regress|fit] {b} on {a} and [print|show] slope and intercept
-    slope and intercept for {b} versus {a}
-    what line describes {b} as a function of {a}
-    put a line through {b} as it goes with {a}, coefficients please
-    gradient and offset of {b} over {a}""", ordered=True)
-def linear_fit(q):
-    a, b = q.take("number"), q.take("number")
-    return (dict(a=say_column(q.rng, a), b=say_column(q.rng, b)),
-            ["import numpy as np", f"slope, intercept = np.polyfit(df[{a.name!r}], df[{b.name!r}], 1)", "print(round(slope, 3), round(intercept, 3))"])
-
-@_family(2, "category number", """
-    difference in mean {x} between {v} and {w}
-    how much higher is the average {x} for {v} than for {w}?
-    compare the mean {x} of {v} and {w}
-    mean {x} of {v} minus mean {x} of {w}
-    [compute|print] the difference of average {x}, {v} versus {w}
-    by how much does the mean {x} differ: {v} against {w}
-    {v} vs {w}: difference of mean {x}
-    [what is|give me] the gap in average {x} between {v} and {w}
-    take the mean {x} of {v} and subtract that of {w}
-    {v} minus {w} in terms of average {x}""")
-def compare_groups(q):
-    c, x = q.take("category"), q.take("number")
-    v, w = q.rng.sample(c.values, 2)
-    return (dict(x=say_column(q.rng, x), v=say_value(q.rng, v), w=say_value(q.rng, w)),
-            [f"means = df.groupby({c.name!r})[{x.name!r}].mean()", f"print(round(means[{v!r}] - means[{w!r}], 3))"])
-
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #471be661
-_PLOTS = {"line": ("line plot of {y} over {x}", "plt.plot({rows}[{x!r}], {rows}[{y!r}])"), "scatter": ("scatter plot of {y} against {x}", "plt.scatter({rows}[{x!r}], {rows}[{y!r}])"),
-          "hist": ("histogram of {y}", "plt.hist({rows}[{y!r}], bins=20)")}
-
-@_family(2, "number number", """
-    {plot}{where}, save [it|] to {file}
-    [make|draw] a {plot}{where} and save it as {file}
-    [plot|I want] a {plot}{where} in {file}
-    save a {plot}{where} to {file}
-    {file}: {plot}{where}
-    [please draw|can you draw] a {plot}{where}? store it in {file}
-    write a {plot}{where} to {file}
-    a {plot}{where} as {file}, please
-    visualise it: {plot}{where}, file {file}
-    a picture {file} showing a {plot}{where}""")
-def plot(q):
-    rng, kind = q.rng, q.rng.choice(tuple(_PLOTS))
-    x, y = q.take("time" if kind == "line" and any(c.kind == "time" for c, _ in q.free) else "number"), q.take("number")
-    file = f"{rng.choice(('plot', 'chart', 'figure', 'out', 'trend', 'result', y.name.split()[0].lower()))}.{rng.choice(('png', 'png', 'svg', 'pdf'))}"
-    where, lines, rows = filtered(q, 0.3)
-    text, code = _PLOTS[kind]
-    return (dict(plot=text.format(x=say_column(rng, x), y=say_column(rng, y)), where=where, file=file),
-            ["import matplotlib.pyplot as plt", *lines, code.format(rows=rows, x=x.name, y=y.name), f"plt.savefig({file!r})", f'print("saved", {file!r})'])
-
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #7541d265
-@_family(3, "number", """
-    how many [outliers|anomalies] does {x} have{where}, z-score above {n}?
-    count the [anomalies|outliers] in {x}{where} (z-score over {n})
-    [number of|how many] {x} values more than {n} standard deviations from the mean{where}
-    z-score [outliers|anomalies] of {x}{where} with threshold {n}: how many
-    [find|count] [rows|entries] where {x} is {n} sigma away from its mean{where}
-    how many {x} [readings|values] are off by more than {n} std{where}
-    flag {x} by z-score {n}{where} and print how many are flagged
-    [outliers|anomalies] in {x}{where} beyond {n} sigma, just the count
-    unusual {x} [values|readings]{where}, past {n} standard deviations, how many
-    with a z-score limit of {n}, the tally of odd {x}{where}""")
-def zscore_count(q):
-    x, n = q.take("number"), q.number(q.rng.choice((1.5, 2, 2.5, 3.5, 4, 1.8, 2.2)))
-    where, lines, rows = filtered(q, 0.25)
-    return (dict(x=say_column(q.rng, x), n=say_value(q.rng, n), where=where),
-            [*lines, f"values = {rows}[{x.name!r}]", "z = (values - values.mean()) / values.std()", f"print((z.abs() > {n}).sum())"])
-
-@_family(3, "time", """
-    in how many {m} minute windows [were|are] there more than {n} [rows|entries|events]{where}?
-    count the [bursts|rushes]: {m} minute windows with over {n} [rows|entries]{where}
-    bursts of more than {n} [rows|entries|events] within {m} minutes{where}: how many
-    number of {m}-minute intervals with more than {n} [rows|records]{where}
-    [find|count] {m} minute windows having over {n} [events|entries]{where}
-    how often did more than {n} [rows|entries] arrive in {m} minutes{where}
-    split the time into {m} minute windows{where}, how many hold more than {n} [rows|entries]
-    burst windows ({m} min, more than {n} [rows|events]){where}, just the count
-    busy stretches{where}: {m} minutes each with upwards of {n} [rows|entries], how many are there
-    cut time into pieces of {m} minutes{where}; the number of pieces with beyond {n} [rows|entries]""")
-def bursts(q):
-    t, m, n = q.take("time"), q.number(q.rng.choice((5, 10, 15, 30, 45, 90))), q.number(q.rng.choice((2, 4, 5, 6, 8)))
-    where, lines, rows = filtered(q, 0.3)
-    return (dict(m=m, n=say_value(q.rng, n), where=where),
-            ["import pandas as pd", *lines, f"windows = {rows}[{t.name!r}].dt.floor(pd.Timedelta(minutes={m}))", "counts = windows.value_counts()", f"print((counts > {n}).sum())"])
-
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #39bc93df
-@_family(3, "category", """
-    which {c} have more than {n} [rows|entries|records]{where}?
-    list the {c} with over {n} [rows|entries]{where}
-    {c} [occurring|appearing] more than {n} times{where}
-    [show|print|find] every {c} seen more than {n} times{where}
-    [give me|name] the {c} that appear over {n} times{where}, sorted
-    what {c} exceed {n} [rows|entries]{where}
-    {c} with count above {n}{where}
-    sorted list of {c} that have more than {n} [records|rows]{where}
-    {c} that turn up beyond {n} times{where}
-    keep just the {c} with upwards of {n} [rows|entries]{where}, in order""")
-def groups_over(q):
-    c, n = q.take("category"), q.number(q.rng.choice((5, 8, 10, 12, 15, 25, 30)), ())
-    where, lines, rows = filtered(q, 0.4)
-    return (dict(c=say_column(q.rng, c), n=say_value(q.rng, n), where=where),
-            [*lines, f"counts = {rows}[{c.name!r}].value_counts()", f"print(sorted(counts[counts > {n}].index))"])
-
-@_family(3, "time number", """
-    longest run of [consecutive rows|readings in a row] with {x} [above|over] {n}
-    how many [rows|readings] in a row had {x} above {n} at most?
-    longest streak of {x} over {n}
-    [find|compute|print] the longest [streak|run] where {x} stays above {n}
-    for how many consecutive [rows|entries] was {x} > {n}, at most
-    max streak {x} > {n}
-    in {t} order, the longest run with {x} above {n}
-    what is the longest stretch of [rows|readings] with {x} exceeding {n}
-    without a break, how many [rows|readings] did {x} stay past {n}
-    the most [rows|readings] one after another where {x} is beyond {n}""")
-def longest_run(q):
-    t, x = q.take("time"), q.take("number")
-    n = q.number(draw_threshold(q.rng, q.concept))
-    return (dict(t=say_column(q.rng, t), x=say_column(q.rng, x), n=n),
-            [f"over = df.sort_values({t.name!r})[{x.name!r}] > {n}", "runs = over.groupby((~over).cumsum()).sum()", "print(runs.max())"])
 
 # %% ../../nbs/10_curation/05_table_tasks.ipynb #bb00dbea
 def ask_table(
