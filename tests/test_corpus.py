@@ -8,7 +8,8 @@ from unittest.mock import patch
 import pytest
 
 from slm_study.curation import sources
-from slm_study.curation.corpus import SourceRows, curate, held_out_tasks, split_of
+from slm_study.curation.corpus import curate, held_out_tasks
+from slm_study.curation.rows import SourceRows, split_of
 from slm_study.curation.dedup import Contamination
 from slm_study.curation.packing import as_batch, encode, pack
 from slm_study.curation.sources import SOURCES, MissingSource, hub_rows, load_source
