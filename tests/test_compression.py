@@ -5,7 +5,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from slm_study.compression.audit import audit, compare
 from slm_study.compression.early_exit import ExitHeads, calibrate_tau, decode, decode_uncached, load_exits, save_exits, train_exits
-from slm_study.compression.pruning import ffn_scores, kept_channels, kept_width, mask_ffn, prune_ffn, prune_masked, random_scores
+from slm_study.compression.lossless import decode_lossless
+from slm_study.compression.pruning import ffn_scores, kept_channels, kept_width, mask_ffn, prune_ffn, prune_layers, prune_masked, prune_query_heads, query_head_scores, random_scores, row_masks
+from slm_study.compression.quantization import quantize
 from slm_study.compression.weight_sharing import share_embedding
 from slm_study.models import PAD, architecture, blocks, config_for, ffn, input_embedding, is_tied, lm_head, load_checkpoint, save_checkpoint
 from slm_study.recipes import Size, StudyError
@@ -94,12 +96,12 @@ def test_masked_keeps_its_size_and_its_tie(model, tied, tmp_path):
     assert {k: v for k,v in a.items() if k != "zeros_pct"} == {k: v for k,v in b.items() if k != "zeros_pct"}
 
 @pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
-@pytest.mark.parametrize("merge", ("embedding", "head", "mean"))
+@pytest.mark.parametrize("merge", ("embedding", "head", "mean", "scaled"))
 def test_tie_survives_the_checkpoint(model, merge, tmp_path):
     m = make(model, False)
     E, H = input_embedding(m).weight.detach().clone(), lm_head(m).weight.detach().clone()
     tied, verdict = share_embedding(m, merge)
-    assert torch.equal(lm_head(tied).weight, {"embedding": E, "head": H, "mean": (E + H)/2}[merge])
+    assert torch.equal(lm_head(tied).weight, {"embedding": E, "head": H, "mean": (E + H)/2, "scaled": (E*(H.norm()/E.norm()) + H)/2}[merge])
     save_checkpoint(m, None, tmp_path/"two"); save_checkpoint(tied, None, tmp_path/"one")
     again, _ = load_checkpoint(tmp_path/"one")
     assert lm_head(again).weight is input_embedding(again).weight and gap(again, tied) < 1e-6
@@ -193,3 +195,58 @@ def test_no_tau_is_good_enough():
     heads.maps[0].data.normal_(0, 3)
     tau, table = calibrate_tau(m, heads, [dict(input_ids=padded(0)[0], labels=padded(0)[0])], agreement=1.)
     assert tau == 1. and not (table.exits_agree_pct >= 100).any()
+
+
+@pytest.mark.parametrize("model,tied", KINDS)
+@pytest.mark.parametrize("rows", (1, 8))
+def test_lossless_is_greedy(model, tied, rows):
+    "Untrained exits, whose drafts are mostly refused: every token is still the full model's."
+    refused = 0
+    for seed in range(3):
+        m, (ids, mask) = make(model, tied, seed), padded(seed, rows=rows)
+        heads = ExitHeads.of(m, [1, 3])
+        for at, tau, draft in ((1, .05, 6), (3, .3, 2)):
+            got, drafts = decode_lossless(m, ids, mask, 40, exits=heads, tau=tau, draft=draft, at=at)
+            assert got.tokens == decode(m, ids, mask, 40).tokens
+            refused += sum(d.drafted - d.accepted for d in drafts)
+    assert refused > 0
+
+@pytest.mark.parametrize("heads", (1, 3))
+@pytest.mark.parametrize("tied", (True, False))
+def test_query_heads_removed_equal_masked(heads, tied):
+    m = make("starcoder", tied)
+    small, twin, w = prune_query_heads(m, heads), make("starcoder", tied), SIZE.hidden//SIZE.heads
+    for b, s in zip(blocks(twin), query_head_scores(m)): b.attn.c_proj.weight.data.view(SIZE.hidden, SIZE.heads, w)[:,s.topk(heads, largest=False).indices] = 0
+    assert gap(small, twin) < 1e-4 < gap(small, m)
+    assert audit(m)["parameters"] - audit(small)["parameters"] == SIZE.layers*heads*(2*SIZE.hidden*w + w)
+    ids, mask = padded(0)
+    assert decode(small, ids, mask, 12).tokens == decode(twin, ids, mask, 12).tokens
+
+def test_one_threshold_masks_the_weakest_rows_of_all():
+    g = torch.Generator().manual_seed(0)
+    w = {f"{i}": torch.randn(24, n, generator=g)*(1 + i) for i,n in enumerate((8, 16, 32))}
+    for norm in (1, 2):
+        masks = row_masks(w, .25, norm, "global")
+        score = {n: x.norm(p=norm, dim=1)/x.shape[1]**(1/norm) for n,x in w.items()}
+        gone = torch.cat([score[n][masks[n][:,0] == 0] for n in w]); kept = torch.cat([score[n][masks[n][:,0] == 1] for n in w])
+        assert len(gone) == 18 and gone.max() < kept.min()
+
+def test_quantised_is_a_plain_smaller_checkpoint(tmp_path):
+    "Pruned, tied, quantised: reloads with the tie, decodes, and cannot be pruned or quantised again."
+    size = Size(hidden=64, layers=2, heads=2, kv_heads=1, ffn=128, positions=96)
+    for model in ("tinyllama", "starcoder"):
+        torch.manual_seed(0)
+        m = AutoModelForCausalLM.from_config(config_for(model, size, 80, False)).eval()
+        save_checkpoint(m, None, tmp_path/model)
+        small, _ = share_embedding(prune_ffn(m, .5), "scaled")
+        for format in ("nf4", "int8"):
+            quantize(small, None, tmp_path/f"{model}_{format}", format)
+            again, _ = load_checkpoint(tmp_path/f"{model}_{format}")
+            report = compare(tmp_path/model, tmp_path/f"{model}_{format}")
+            assert again.is_quantized and is_tied(again) and report["verdict"].startswith("quantised, ") and "less memory" in report["verdict"]
+            assert report["after"]["parameters"] == audit(small)["parameters"]
+            assert gap(again, small) < (.2 if format == "nf4" else .05)
+            ids, mask = padded(0)
+            assert [len(t) for t in decode(again, ids, mask, 6, exits=ExitHeads.of(again, [1]), tau=.02).tokens] == [6]*4
+            for again_cut in (lambda: prune_ffn(again, .5), lambda: prune_masked(again), lambda: prune_layers(again, [0]), lambda: quantize(again, None, tmp_path/"x")):
+                with pytest.raises(StudyError, match="quantised"): again_cut()

@@ -43,10 +43,11 @@ def pruning_sweep(
             if heal: rows.append({**row, "healed": True, "accuracy_pct": accuracy(heal(small, f"{criterion} {ratio:.0%}"))})
     return rows
 
-# %% ../../nbs/30_compression/06_bench.ipynb #ced27cdc
+# %% ../../nbs/30_compression/06_bench.ipynb #871eb9d6
 SHAPES = {"tinyllama": lambda: LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, vocab_size=32000,
                                            max_position_embeddings=2048, tie_word_embeddings=False),
-          "starcoder": lambda: GPTBigCodeConfig(n_embd=768, n_layer=20, n_head=12, n_inner=3072, n_positions=8192, vocab_size=49152, multi_query=True, tie_word_embeddings=True)}
+          "starcoder": lambda: GPTBigCodeConfig(n_embd=768, n_layer=20, n_head=12, n_inner=3072, n_positions=8192, vocab_size=49152, multi_query=True, tie_word_embeddings=True,
+                                              bos_token_id=0, eos_token_id=0)}
 
 def _random(config, dtype):
     "A model of this shape, its weights small random numbers."
