@@ -13,7 +13,7 @@ from .filters import find_secret, keep_code, mine_pairs, redact
 from .prompts import render, source_prompt
 from .sources import SOURCES, load_source, row_id
 
-# %% ../../nbs/10_curation/09b_rows.ipynb #c44a6ee9
+# %% ../../nbs/10_curation/09b_rows.ipynb #3dbfb0f0
 HELD_OUT_ONE_IN = 50
 STEPS = ("read", "usable", "past the filters", "without secrets", "without tests", "no repeats", "kept") # of the funnel
 
@@ -26,6 +26,22 @@ def split_of(
 def _head(text, limit=2000):
     return text if len(text) <= limit else text[:limit].rpartition("\n")[0] + "\n"
 
+# %% ../../nbs/10_curation/09b_rows.ipynb #57aeca93
+def _mined(
+    source, # SourceRows
+    text, # of a Python file
+    tree, # the same, parsed
+    id, # of its row
+): # yields dict, as a row
+    "Requests with programs from a Python file"
+    for m in mine_pairs(text, tree):
+        if source.tests and (source.tests.found(m.request) or source.tests.found(m.program)): source.mined["holds a test"] += 1; continue
+        if reason := source.mined_repeats.reason(m.program): source.mined[reason] += 1; continue
+        source.mined["kept"] += 1
+        prompt = render(m.request, "none", (), False)[0]
+        yield dict(text=prompt + m.program, loss_from=len(prompt), source="mined", id=id)
+
+# %% ../../nbs/10_curation/09b_rows.ipynb #3b2b6c78
 class SourceRows:
     "The rows of a source, filtered; counts what happened to every one."
     def __init__(self,
@@ -61,17 +77,8 @@ class SourceRows:
             self.kept += 1
             id = row_id(self.name, row)
             yield dict(text=_head(text) if tree else text, loss_from=0, source=self.name, id=id)
-            if tree: yield from self._pairs(text, tree, id)
+            if tree: yield from _mined(self, text, tree, id)
             if self.kept == self.cap: return
-
-    def _pairs(self, text, tree, id):
-        "Requests with programs from a Python file"
-        for m in mine_pairs(text, tree):
-            if self.tests and (self.tests.found(m.request) or self.tests.found(m.program)): self.mined["holds a test"] += 1; continue
-            if reason := self.mined_repeats.reason(m.program): self.mined[reason] += 1; continue
-            self.mined["kept"] += 1
-            prompt = render(m.request, "none", (), False)[0]
-            yield dict(text=prompt + m.program, loss_from=len(prompt), source="mined", id=id)
 
     def counts(self)-> dict: # read, kept, a count per reason
         "What happened to the rows."
