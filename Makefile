@@ -34,7 +34,8 @@ test: .venv/installed ## what CI runs: notebooks as tests, lint, and the pipelin
 bench: .venv/installed ## the parts beside what one would use instead, in one run (minutes)
 	@$(BIN)/slm-study bench
 
-soak: .venv/installed ## 10,000 programs, 2 % of them hostile, and 50 kills of the driver (minutes)
+soak: .venv/installed ## 10,000 tasks run again, 10,000 programs, 2 % of them hostile, and 50 kills of the driver (minutes)
+	@$(BIN)/python tests/all_tasks.py
 	@$(BIN)/python tests/soak.py
 
 lab: .venv/installed ## open the notebooks in JupyterLab
