@@ -156,7 +156,7 @@ def list_values(q):
     where, lines, rows = filtered(q, 1, 0.3)
     return dict(c=say_column(q.rng, c), where=where), [*lines, f"print(sorted({rows}[{c.name!r}].unique()))"]
 
-# %% ../../nbs/10_curation/05_table_tasks.ipynb #69aa2cf9
+# %% ../../nbs/10_curation/05_table_tasks.ipynb #24c2f758
 @_family(2, "category", """
     top {n} {c}{where}
     the {n} most [frequent|common] {c}{where}
@@ -201,7 +201,7 @@ def group_aggregate(q):
     among all {c}, the one whose {agg} {x} is {ext}{where}
     in terms of {agg} {x}, name the {ext} {c}{where}""")
 def group_extreme(q):
-    c, x, (f, agg) = q.take("category"), q.take("number"), say_aggregate(q, ("mean", "sum", "median"))
+    c, x, (f, agg) = q.take("category"), q.take("number"), say_aggregate(q, ("mean", "sum", "median", "std"))
     ext, pick = q.rng.choice((("highest", "idxmax"), ("largest", "idxmax"), ("greatest", "idxmax"), ("lowest", "idxmin"), ("smallest", "idxmin")))
     q.combine(f"pick {pick}")
     where, lines, rows = filtered(q, 0.35)
