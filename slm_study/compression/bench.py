@@ -43,7 +43,7 @@ def pruning_sweep(
             if heal: rows.append({**row, "healed": True, "accuracy_pct": accuracy(heal(small, f"{criterion} {ratio:.0%}"))})
     return rows
 
-# %% ../../nbs/30_compression/06_bench.ipynb #871eb9d6
+# %% ../../nbs/30_compression/06_bench.ipynb #9241716f
 SHAPES = {"tinyllama": lambda: LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, vocab_size=32000,
                                            max_position_embeddings=2048, tie_word_embeddings=False),
           "starcoder": lambda: GPTBigCodeConfig(n_embd=768, n_layer=20, n_head=12, n_inner=3072, n_positions=8192, vocab_size=49152, multi_query=True, tie_word_embeddings=True,
@@ -73,6 +73,7 @@ def timed_in_turns(
         for m, t in zip(models, times): t.append(decode(m, ids, None, tokens).decode_s/(tokens-1))
     return times
 
+# %% ../../nbs/30_compression/06_bench.ipynb #d27638b4
 def compression_bench(
     models:Sequence[str]=("tinyllama", "starcoder"),
     tokens:int=16,           # decoded in each run, at least 2
