@@ -39,7 +39,7 @@ rule bases: # for `make bases`
 rule curate:
     input: sources("1_curate", "curation")
     output: made("1_curate")
-    params: R.hash("data")
+    params: R.hash("data", "bases")
     log: log_of("1_curate")
     shell: f"{STEP} 1_curate {GIVEN}"
 
