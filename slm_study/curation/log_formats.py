@@ -58,9 +58,9 @@ add_format("bgl", r"^\S+ \d{9,10} \d{4}\.\d\d\.\d\d \S+ \d{4}-\d\d-\d\d-[\d.]+ "
     SEVERE|DISCOVERY -|Can not get assembly information for node card {n}
     INFO|APP -|ciod: generated {n} core files for program /bgl/apps/{user}""", hours=50, time="%Y-%m-%d-%H.%M.%S.%f", level="INFO|FATAL|WARNING|ERROR|SEVERE", component="KERNEL|APP|MMCS|LINKCARD|DISCOVERY", flag="-|KERNDTLB|APPREAD|KERNMC")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #89cebe0e
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #4c54c62f
 add_format("java", r"^\d{4}-\d\d-\d\d [\d:]{8},\d{3} +[A-Z]+ +\[", "app.log server.log application.log yarn.log service.log catalina.log backend.log app-0304.log",
-    "Exception;Task;timed out;container;Retrying;Committed;heartbeat;pool", r"""
+    "Exception;Task;timed out;container;Retrying;Committed;Slow read;pool", r"""
     time time 0.95 ^(\d{4}-\d\d-\d\d [\d:]{8})
     level category 0.95 ^\S+ \S+ +([A-Z]+)
     thread category 0.95 ^\S+ \S+ +[A-Z]+ +\[([^\]]+)\]
@@ -79,9 +79,9 @@ add_format("java", r"^\d{4}-\d\d-\d\d [\d:]{8},\d{3} +[A-Z]+ +\[", "app.log serv
     FATAL|db.ConnectionPool pool-{n}|Exception in pool: no connection after {ms} ms
     DEBUG|cache.Store http-{n}|Cache miss for key {hex}""", time="%Y-%m-%d %H:%M:%S", level="INFO|WARN|ERROR|DEBUG|FATAL", thread="main")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #9a24146f
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #a2a2964f
 add_format("spark", r"^\d\d/\d\d/\d\d [\d:]{8} [A-Z]+ \S+: ", "spark.log executor.log driver.log spark-job.log etl.log worker.log spark-0304.log batch_run.log",
-    "Finished task;Lost executor;MemoryStore;broadcast;shuffle;Running task;heartbeat;block rdd", r"""
+    "Finished task;Lost executor;MemoryStore;broadcast;shuffle;Running task;heartbeat;non-empty", r"""
     time time 1 ^(\S+ \S+) [A-Z]
     level category 1 ^\S+ \S+ ([A-Z]+)
     component category 1 ^\S+ \S+ [A-Z]+ (\S+):
@@ -99,9 +99,9 @@ add_format("spark", r"^\d\d/\d\d/\d\d [\d:]{8} [A-Z]+ \S+: ", "spark.log executo
     ERROR|cluster.YarnScheduler|Lost executor {n} on host {host}: heartbeat timed out after {ms} ms
     INFO|storage.ShuffleBlockFetcherIterator|Getting {n} non-empty shuffle blocks of {k} bytes""", hours=9, time="%y/%m/%d %H:%M:%S", level="INFO|WARN|ERROR", component="executor.Executor|scheduler.TaskSetManager|storage.MemoryStore")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #4b1b6206
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #0a191fcd
 add_format("service", r"\d{4}-\d\d-\d\d [\d:]{8}\.\d{3} \d+ [A-Z]+ \S+ \[", "nova-api.log compute.log api.log neutron.log cloud.log keystone.log service-0304.log controller.log",
-    "GET;POST;DELETE;Attempting claim;Timed out;instance;servers/detail;VM Stopped", r"""
+    "GET;POST;user_data;Attempting claim;Timed out;instance;servers/detail;VM Stopped", r"""
     time time 1 (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\.\d+
     pid category 1 \.\d{3} (\d+) [A-Z]
     level category 1 \.\d{3} \d+ ([A-Z]+)
@@ -121,9 +121,9 @@ add_format("service", r"\d{4}-\d\d-\d\d [\d:]{8}\.\d{3} \d+ [A-Z]+ \S+ \[", "nov
     ERROR|oslo.messaging|Timed out waiting for a reply to message ID {hex}
     INFO|nova.virt.libvirt.driver|VM Stopped (Lifecycle Event) on {host}""", hours=12, time="%Y-%m-%d %H:%M:%S", level="INFO|WARNING|ERROR", component="nova.osapi_compute.wsgi.server|nova.metadata.wsgi.server|nova.compute.manager|nova.compute.claims", method="GET|POST", status="200|404|500|202")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #d87f9b4a
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #c8324487
 add_format("logfmt", r"^(?:time|ts|t)=\S+ (?:level|lvl)=\w+ ", "gateway_events.log metrics.log logfmt.log ingest.log billing.log auth_service.log go-app.log events.log",
-    "payment;request;cache;retry;refused;expired;msg=;upstream", r"""
+    "payment;request;cache;retry;refused;expired;bank;upstream", r"""
     time time 1 ^(?:time|ts|t)="?(\d{4}-\d\d-\d\dT[\d:]{8})
     level category 1 (?:level|lvl)=(\w+)
     program category 0.9 (?:service|app|caller)=(\S+)
@@ -141,9 +141,9 @@ add_format("logfmt", r"^(?:time|ts|t)=\S+ (?:level|lvl)=\w+ ", "gateway_events.l
     debug|mailer|msg="retry scheduled in {n} minutes"
     info|search|msg="request served" user={user} status=200""", time="%Y-%m-%dT%H:%M:%S", level="info|error|warn|debug", program="checkout|gateway|cache|mailer|search", status="200|404|402|502")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #3b26e0a4
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #bb35ea17
 add_format("logcat", r"^\d\d-\d\d [\d:]{8}\.\d+ +\d+ +\d+ [VDIWEF] ", "logcat.log device.log phone.log android.log logcat.txt tablet.log logcat-0304.log ui.log",
-    "Killing;Displayed;timeout;wifi;getRunning;denied;battery;acquire lock", r"""
+    "Killing;Displayed;timeout;wifi;avc;denied;battery;acquire lock", r"""
     time time 1 ^(\d\d-\d\d [\d:]{8})
     pid category 1 ^\S+ \S+ +(\d+)
     level category 1 ^\S+ \S+ +\d+ +\d+ ([VDIWEF])
@@ -160,9 +160,9 @@ add_format("logcat", r"^\d\d-\d\d [\d:]{8}\.\d+ +\d+ +\d+ [VDIWEF] ", "logcat.lo
     E|SELinux|avc: denied read for pid={pid}
     D|WifiStateMachine|wifi rssi -{n}""", hours=5, time="%m-%d %H:%M:%S", level="I|D|W|E|V", vendor="ActivityManager|WindowManager|PowerManagerService|BatteryService")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #fca36f25
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #4feb362b
 add_format("servicing", r"^\d{4}-\d\d-\d\d [\d:]{8}, \w+ +\w+ ", "cbs.log setup.log windows_update.log servicing.log install.log update.log cbs-0304.log wu.log",
-    "Loaded;Warning;Failed;SQM;Session;HRESULT;package;Unrecognized", r"""
+    "Loaded;Warning;Failed;SQM;Session;HRESULT;applicability;Unrecognized", r"""
     time time 1 ^(\S+ \S+),
     level category 1 ^\S+ \S+, (\w+)
     component category 0.9 ^\S+ \S+, \w+ +(\w+)
@@ -178,9 +178,9 @@ add_format("servicing", r"^\d{4}-\d\d-\d\d [\d:]{8}, \w+ +\w+ ", "cbs.log setup.
     Error|DPX|Failed extraction after {ms} ms
     Info|CBS|Read out cached package applicability for package KB{pid}""", time="%Y-%m-%d %H:%M:%S", level="Info|Error|Warning", component="CBS|CSI|DPX")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #4e5f2fdc
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #60478986
 add_format("zookeeper", r"^\d{4}-\d\d-\d\d [\d:]{8},\d{3} - [A-Z]+ +\[", "zookeeper.log zk.log quorum.log ensemble.log zk1.log zookeeper-0304.log coordinator.log zk-server.log",
-    "Interrupted;Closed socket;Expiring session;Notification;Connection broken;caught end of stream;LEADING;Established session", r"""
+    "Interrupted;Closed socket;Expiring session;Accepted socket;Connection broken;caught end of stream;timeout;Established session", r"""
     time time 1 ^(\d{4}-\d\d-\d\d [\d:]{8})
     level category 1 - ([A-Z]+) +\[
     class category 0.9 \[.*?([\w$]+)@\d+\]
@@ -198,9 +198,9 @@ add_format("zookeeper", r"^\d{4}-\d\d-\d\d [\d:]{8},\d{3} - [A-Z]+ +\[", "zookee
     INFO|NIOServerCxn.Factory:0.0.0.0/0.0.0.0:2181:NIOServerCnxn@1001|Closed socket connection for client /{ip}:{port}
     ERROR|LearnerHandler-/10.10.34.11:52225:LearnerHandler@562|Unexpected exception causing shutdown while sock still open""", time="%Y-%m-%d %H:%M:%S", level="INFO|WARN|ERROR", **{"class": "NIOServerCnxn|NIOServerCnxnFactory|ZooKeeperServer"})
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #e0a3cff1
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #aead83fd
 add_format("firewall", r"^\w{3} +\d+ [\d:]{8} \S+ kernel: .*\bSRC=\S+ DST=", "ufw.log firewall.log iptables.log router.log fw1.log packets.log ufw-0304.log border.log",
-    "BLOCK;ALLOW;PROTO=TCP;DPT=22;IN=eth0;DF;SYN;AUDIT", r"""
+    "BLOCK;ALLOW;PROTO=TCP;DPT=22;DPT=53;DF;SYN;AUDIT", r"""
     time time 1 ^(\w{3} +\d+ [\d:]{8}) \S+ kernel
     action category 1 \[UFW (\w+)\]
     source category 1 SRC=(\S+)
@@ -217,9 +217,9 @@ add_format("firewall", r"^\w{3} +\d+ [\d:]{8} \S+ kernel: .*\bSRC=\S+ DST=", "uf
     BLOCK||PROTO=UDP SPT={port} DPT=5060
     AUDIT||PROTO=ICMP TYPE=8 CODE=0""", time="%b %d %H:%M:%S", action="BLOCK|ALLOW|AUDIT", protocol="TCP|UDP|ICMP")
 
-# %% ../../nbs/10_curation/03b_log_formats.ipynb #8cae72f4
+# %% ../../nbs/10_curation/03b_log_formats.ipynb #9c72f245
 add_format("accounting", r"^\d\d/\d\d/\d{4} [\d:]{8};\w;", "accounting.log pbs.log torque.log jobs.log scheduler.log batch.log pbs-0304.log cluster_jobs.log",
-    "queue=long;gpu;exit_status=0;nodect;walltime;deleted;queue=debug;group=phys", r"""
+    "queue=long;gpu;exit_status=0;queue=short;operator;deleted;queue=debug;exec_host", r"""
     time time 1 ^(\d\d/\d\d/\d{4} [\d:]{8})
     kind category 1 ^[^;]*;(\w);
     user category 0.9 user=(\w+)

@@ -14,10 +14,11 @@ import numpy as np
 
 from .worlds import START
 
-# %% ../../nbs/10_curation/03a_log_lines.ipynb #c6278b47
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #0a93b1c8
 Field = namedtuple("Field", "names new_names kind pattern values often", defaults=((), 1.0)) # often: share of lines that have it, at least
 Format = namedtuple("Format", "name fields shape file_names needles writer")
 
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #b3ec3020
 _NAMES = {key: (tuple(names.split(", ")), tuple(new.split(", "))) for key, names, new in (line.split("|") for line in """
 time|time, timestamp, date, ts, datetime|clock, moment
 level|level, severity, log level, sev, priority|urgency, alarm grade
@@ -68,7 +69,7 @@ def _fields(text, **values):
         out[key] = Field(*_NAMES[key], kind, pattern, tuple(values[key].split("|")) if key in values else (), float(often))
     return out
 
-# %% ../../nbs/10_curation/03a_log_lines.ipynb #ea2e0edf
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #af1fc625
 _USERS = "root admin test oracle guest pi deploy alice postgres ubuntu nagios backup carol dmitri git www webmaster ftpuser".split()
 _HOSTS = "web01 web02 db01 gate node7 mail cache-2 build3 ns1 edge-04 combo storage".split()
 _PATHS = "/ /index.html /login /api/items /api/orders/17 /search /img/logo.png /admin /static/app.js /cart /health /robots.txt /feed.xml".split()
@@ -80,8 +81,8 @@ class Cast:
         rng:np.random.Generator, # the only source of chance
     ):
         self.rng = rng
-        self.pools = dict(ip=[".".join(map(str, rng.integers(2, 250, 4))) for _ in range(14)], user=list(rng.permutation(_USERS)[:9]), path=list(rng.permutation(_PATHS)[:8]),
-                          host=list(rng.permutation(_HOSTS)[:5]), agent=list(rng.permutation(_AGENTS)[:4]), verb=["GET", "POST", "HEAD", "PUT"], code=list(rng.permutation([200, 404, 304, 500, 301, 403, 302])[:5]),
+        self.pools = dict(ip=[".".join(map(str, rng.integers(2, 250, 4))) for _ in range(14)], user=list(rng.permutation(_USERS)[:9]), path=list(rng.permutation(_PATHS)),
+                          host=list(rng.permutation(_HOSTS)[:5]), agent=list(rng.permutation(_AGENTS)), verb=["GET", "POST", "HEAD", "PUT"], code=list(rng.permutation([200, 404, 304, 500, 301, 403, 302])[:5]),
                           blk=[f"blk_{rng.integers(-9 * 10**18, 9 * 10**18)}" for _ in range(25)], node=[f"R{rng.integers(0, 8):02d}-M{rng.integers(2)}-N{rng.integers(16):X}-C:J{rng.integers(2, 18):02d}-U{rng.integers(1, 12):02d}" for _ in range(12)])
 
     def say(self,
@@ -103,6 +104,7 @@ class Cast:
         "Fill a template."
         return re.sub(r"\{(\w+)\}", lambda m: self.say(m[1]), text)
 
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #c25a36ab
 def _moments(n, rng, hours):
     "Times with a slow night, busy spells, repeated seconds and one long gap"
     gaps = rng.exponential(1, n) * rng.choice([0, 0.2, 1, 2.5], n, p=[0.1, 0.3, 0.4, 0.2])
@@ -236,15 +238,15 @@ _HITS = """
     info||"HEAD {path} HTTP/1.1" 304 -
     info||"POST {path} HTTP/1.1" 201 {k}"""
 
-# %% ../../nbs/10_curation/03a_log_lines.ipynb #e930cf4d
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #3e572593
 add_format("access", r'^\S+ \S+ \S+ \[\d+/\w+/\d{4}:[\d:]{8} [+\-]\d{4}\] "', "access.log web_access.log httpd_access.log access_log.txt www-access.log site_access.log access-0304.log frontend.log",
-    "POST;/login;/admin;Googlebot;curl;/api/items;HEAD;robots.txt", _ACCESS + '\n    agent category 0.5 "([^"]*)"$',
+    "POST;/login;/cart;Googlebot;curl;/api/items;HEAD;robots.txt", _ACCESS + '\n    agent category 0.5 "([^"]*)"$',
     lambda c, t, level, part, m: f'{c.say("ip")} - {"-" if c.rng.random() < 0.9 else c.say("user")} [{t:%d/%b/%Y:%H:%M:%S} +0000] {m} "-" "{c.say("agent")}"', _HITS,
     time="%d/%b/%Y:%H:%M:%S", method="GET|POST|HEAD|PUT", status="200|404|304|500|301|403|302")
 
-# %% ../../nbs/10_curation/03a_log_lines.ipynb #4f7f45a9
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #458b4b3e
 add_format("timed_access", r'^\S+ \S+ \S+ \[\d+/\w+/\d{4}:[\d:]{8} [+\-]\d{4}\] ".* (?:rt=|request_time=)?\d+\.\d+$', "nginx_access.log timed_access.log api_access.log requests.log proxy_access.log gateway.log access_time.log lb_access.log",
-    "POST;/login;/admin;/search;/api/items;HEAD;curl;/health", _ACCESS + r"""
+    "POST;/login;/robots.txt;/search;/api/items;HEAD;curl;/cart", _ACCESS + r"""
     latency number 0.9 [ =](\d+\.\d+)$""",
     lambda c, t, level, part, m: f'{c.say("ip")} - - [{t:%d/%b/%Y:%H:%M:%S} +0000] {m} "-" "{c.say("agent")}" rt={c.say("s")}', _HITS,
     time="%d/%b/%Y:%H:%M:%S", method="GET|POST|HEAD|PUT", status="200|404|304|500|301|403|302")
@@ -265,9 +267,9 @@ add_format("apache", r"^\[\w{3} \w{3} +\d+ [\d:]{8} \d{4}\] \[\w+\]", "error.log
     error||[client {ip}] File does not exist: /var/www/html{path}
     info||[client {ip}] script not found or unable to stat: /var/www/cgi-bin{path}""", hours=50, time="%b %d %H:%M:%S %Y", level="error|notice|warn|info")
 
-# %% ../../nbs/10_curation/03a_log_lines.ipynb #17a85208
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #f7ae5ae0
 add_format("apache24", r"^\[\w{3} \w{3} +\d+ [\d:]{8}\.\d+ \d{4}\] \[[\w\-]*:\w+\]", "error24.log apache2_error.log httpd24.log vhost_error.log ssl_error.log error_events.log apache-errors.log www2_error.log",
-    "AH00128;File does not exist;proxy;timeout;ssl;AH01071;core;php", r"""
+    "AH00128;File does not exist;proxy;timeout;ssl;AH01071;PHP message;denied", r"""
     time time 1 ^\[\w+ (\w+ +\d+ [\d:.]+ \d+)\]
     component category 1 ^\[.*?\] \[([\w\-]*):
     level category 1 ^\[.*?\] \[[\w\-]*:(\w+)\]
@@ -282,9 +284,9 @@ add_format("apache24", r"^\[\w{3} \w{3} +\d+ [\d:]{8}\.\d+ \d{4}\] \[[\w\-]*:\w+
     error|authz_core|[client {ip}:{port}] AH01630: client denied by server configuration: /var/www{path}
     info|ssl|[client {ip}:{port}] AH01964: Connection to child {n} established""", time="%b %d %H:%M:%S.%f %Y", level="error|notice|warn|info", component="core|ssl|mpm_event|proxy_fcgi|authz_core")
 
-# %% ../../nbs/10_curation/03a_log_lines.ipynb #37f1160f
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #b01d6f36
 add_format("nginx", r"^\d{4}/\d\d/\d\d [\d:]{8} \[\w+\] \d+#\d+", "nginx_error.log nginx.log error_nginx.log proxy_error.log ingress.log nginx-errors.log edge_error.log www_nginx.log",
-    "upstream timed out;open();limiting requests;SSL_do_handshake;no live upstreams;client closed;worker process;failed", r"""
+    "upstream timed out;open();limiting requests;SSL_do_handshake;upstream;client closed;signal process;failed", r"""
     time time 1 ^(\S+ \S+) \[
     level category 1 ^\S+ \S+ \[(\w+)\]
     pid category 1 \] (\d+)#
