@@ -71,7 +71,7 @@ def anova(q):
     return (dict(x=say_column(q.rng, x), c=say_column(q.rng, c), what=what, where=where),
             ["from scipy.stats import f_oneway", *lines, f"groups = [g for _, g in {rows}.groupby({c.name!r})[{x.name!r}]]", f"print(round(f_oneway(*groups).{f}, 3))"])
 
-# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #b7f39371
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #59d04ce7
 @_family(2, "number number", """
     Spearman correlation of {a} and {b}{where}
     rank correlation between {a} and {b}{where}
@@ -118,6 +118,7 @@ def confidence_interval(q):
     draw {x} anew {k} times{where}, seed {s}, and cut the {agg} values at the middle {n} %
     error bars of {n} % on the {agg} {x}{where} by {k} resamplings under seed {s}""")
 def bootstrap(q):
+    q.reserve(0.5, 200)
     x, d, agg = q.take("number"), draws(q, n=(80, 90, 95, 98), k=range(200, 1000, 50), s=SEEDS), q.rng.choice(("mean", "median"))
     q.combine(f"agg {agg}")
     where, lines, rows = filtered(q, 0.3, 0)
@@ -125,7 +126,7 @@ def bootstrap(q):
             ["import numpy as np", *lines, f"rng = np.random.default_rng({d['s']})", f"values = {rows}[{x.name!r}].to_numpy()", f"samples = rng.choice(values, ({d['k']}, len(values)))",
              f"bounds = np.quantile(np.{agg}(samples, axis=1), [0.5 - {d['n']} / 200, 0.5 + {d['n']} / 200])", "print(bounds.round(3).tolist())"])
 
-# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #5251713f
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #1a243298
 @_family(3, "number number", """
     R2 of a polynomial of degree {n} for {b} against {a}{where}
     fit {b} over {a}{where} by a polynomial of degree {n} and print R2
@@ -138,11 +139,11 @@ def bootstrap(q):
     share of the variance in {b} caught by a curve of degree {n} in {a}{where}
     bend a curve of degree {n} through {b} against {a}{where}; how good is it, as R squared""")
 def polynomial_fit(q):
-    a, b, n = q.take("number"), q.take("number"), q.number(q.rng.choice((2, 3, 4)), (0, 1))
+    a, b, n = q.take("number"), q.take("number"), q.number(q.rng.choice((2, 4, 5)))
     where, lines, rows = filtered(q, 0.35, 0)
     return (dict(a=say_column(q.rng, a), b=say_column(q.rng, b), n=n, where=where),
             ["import numpy as np", *lines, f"x = {rows}[{a.name!r}] / {rows}[{a.name!r}].max()", f"y = {rows}[{b.name!r}]", f"fit = np.polyval(np.polyfit(x, y, {n}), x)",
-             "print(round(1 - ((y - fit) ** 2).sum() / ((y - y.mean()) ** 2).sum(), 3))"])
+             "print(round(1 - (y - fit).var() / y.var(), 3))"])
 
 @_family(2, "number", """
     histogram counts of {x} in {n} bins{where}
@@ -180,7 +181,7 @@ def pca_variance(q):
     return (words | dict(c=say_column(q.rng, c) + where),
             ["from sklearn.decomposition import PCA", *lines, f"values = {rows}{names}", "values = (values - values.mean()) / values.std()", "pca = PCA().fit(values.to_numpy())", "print(round(pca.explained_variance_ratio_[0] * 100, 3))"])
 
-# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #6803a349
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #cbdc642c
 _MODELS = {"decision tree": ("max_depth={n}, random_state={s}", "from sklearn.tree import DecisionTreeClassifier", "a decision tree of depth {n}"),
            "nearest neighbours": ("n_neighbors={n}", "from sklearn.neighbors import KNeighborsClassifier", "{n} nearest neighbours"),
            "random forest": ("n_estimators={n}, random_state={s}", "from sklearn.ensemble import RandomForestClassifier", "a random forest of {n} trees")}
@@ -217,7 +218,8 @@ def classify(q):
     which group sizes come out if {a} and {b} are partitioned into {n} by k-means{where}, seed {s}
     find {n} clouds of points in {a} and {b}{where}, seed {s}; how many points each, in order""")
 def cluster_sizes(q):
-    a, b, d = q.take("number"), q.take("number"), draws(q, n=(2, 3, 4, 5, 6), s=SEEDS)
+    q.reserve(8)
+    a, b, d = q.take("number"), q.take("number"), draws(q, n=(2, 4, 5, 6, 7), s=SEEDS)
     where, lines, rows = filtered(q, 0.3, 0)
     return (d | dict(a=say_column(q.rng, a), b=say_column(q.rng, b), n=say_value(q.rng, d["n"]), where=where),
             ["from sklearn.cluster import KMeans", "import pandas as pd", *lines, f"values = {rows}[[{a.name!r}, {b.name!r}]]",
@@ -235,6 +237,7 @@ def cluster_sizes(q):
     boxplot whiskers at {n} times the box for {x}{where}: the number of lone points
     outside the quartiles by {n} boxes or further{where}, how many {x}""")
 def iqr_outliers(q):
+    q.reserve(0.25, 0.75)
     x, n = q.take("number"), q.number(q.rng.choice((1.5, 1.2, 0.8, 0.9, 0.7, 1.1, 1.4, 0.5)))
     where, lines, rows = filtered(q, 0.4)
     return (dict(x=say_column(q.rng, x), n=n, where=where),

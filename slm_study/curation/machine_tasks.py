@@ -16,11 +16,11 @@ from .table_tasks import TABLE_FAMILIES, PERIODS, say_period
 
 _family = functools.partial(family, registry=TABLE_FAMILIES)
 
-# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #d31356f4
+# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #6f44e2af
 @_family(2, "category number", """
     {n}th percentile of {x} [per|by|for each] {c}{where}
     what is the {n}th percentile of {x} for each {c}{where}?
-    p{n} {x} by {c}{where}
+    by {c}, p{n} of {x}{where}
     [show|print|compute] the {n}th percentile of {x} per {c}{where}
     for every {c}, the {n} % quantile of {x}{where}
     [give me|I need] p{n} of {x} for each {c}{where}
@@ -172,7 +172,7 @@ def period_share(q):
     phrase, code = condition(q)
     return dict(p=p, ply=ply, cond=" " + phrase), [f"share = ({code}).groupby(df[{t.name!r}].{PERIODS[p]}).mean() * 100", "print(share.round(3))"]
 
-# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #9480319a
+# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #198c427b
 @_family(3, "time number", """
     {ext} rolling mean of {x} over {n} [rows|readings]{where}
     what is the {ext} [moving average|rolling mean] of {x}, window {n}{where}?
@@ -185,7 +185,7 @@ def period_share(q):
     how far does the {n} [row|reading] running average of {x} go{where}? the {ext}
     the {ext} that {x} reaches once averaged over {n} neighbours{where}""")
 def rolling(q):
-    t, x, n, (ext, f) = q.take("time"), q.take("number"), q.few(), q.rng.choice((("highest", "max"), ("largest", "max"), ("lowest", "min"), ("smallest", "min")))
+    t, x, n, (ext, f) = q.take("time"), q.take("number"), q.number(q.rng.choice((2, 4, 5, 6, 7, 8, 10, 12, 15))), q.rng.choice((("highest", "max"), ("largest", "max"), ("lowest", "min"), ("smallest", "min")))
     q.combine(f"agg {f}")
     where, lines, rows = filtered(q, 0.3)
     return (dict(ext=ext, x=say_column(q.rng, x), t=say_column(q.rng, t), n=say_value(q.rng, n), where=where),

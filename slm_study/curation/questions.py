@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .slots import Column
 from .worlds import Table, draw_table, draw_threshold, draw_moment
 
-# %% ../../nbs/10_curation/04_questions.ipynb #70c274d6
+# %% ../../nbs/10_curation/04_questions.ipynb #1d527aaa
 _CONSTANTS = (0, 1, 3, 20, 60, 100)  # round(x, 3), degree 1, 20 bins, seconds, per cent
 _WORDS = dict(enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2))
 
@@ -52,6 +52,12 @@ class Question:
         while x in self.numbers or x in constants: x = x + 1 if isinstance(x, int) else round(x * 1.1 + 0.1, 2)
         self.numbers.add(x)
         return x
+
+    def reserve(self,
+        *numbers, # int or float
+    ):
+        "Numbers that the program of this family uses itself are not drawn."
+        self.numbers.update(numbers)
 
     def few(self)-> int: # 2 to 15
         "A small number, as in `top 5`, for programs without constants."

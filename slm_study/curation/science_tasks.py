@@ -35,7 +35,7 @@ def grid(
     "Numbers to draw from."
     return tuple(dict.fromkeys(round(float(x), digits) for x in np.linspace(low, high, n)))
 
-# %% ../../nbs/10_curation/05b_science_tasks.ipynb #68935796
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #45985eeb
 @_family(1, wordings="""
     distance in {u} of a star with parallax {p} mas
     a star has a parallax of {p} milliarcseconds: how far is it in {u}?
@@ -78,6 +78,7 @@ def absolute_magnitude(q):
     once round a sun {m} times as heavy as ours, {a} AU out: how many years
     how many years last an orbit of {a} AU if the star weighs {m} suns""")
 def kepler_period(q):
+    q.reserve(0.5)
     d = draws(q, a=grid(0.15, 38, 2, 300), m=grid(0.4, 2.9, 2, 50))
     return d, [f"period = ({d['a']} ** 3 / {d['m']}) ** 0.5", "print(round(period, 3))"]
 
@@ -304,7 +305,7 @@ def epidemic(q):
     return d | dict(what=what), [f"s, infected = {d['n']} - {d['i']}, [{d['i']}]", f"for day in range({d['t']}):", f"    new = {d['b']} * s * infected[-1] / {d['n']}", "    s -= new",
                f"    infected.append(infected[-1] + new - {d['g']} * infected[-1])", f"print(round({code}, 3))"]
 
-# %% ../../nbs/10_curation/05b_science_tasks.ipynb #078cac8b
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #6610cb2b
 @_family(2, wordings="""
     draw {n} [normal|Gaussian] values with mean {m} and standard deviation {sd}, seed {s}, and print the sample {stat}
     sample {stat} of {n} normal draws, mean {m}, std {sd}, seed {s}
@@ -334,6 +335,7 @@ def normal_sample(q):
     rain {n} drops on a square, seed {s}, and get pi from those in the circle
     pi by chance: {n} trials under seed {s}""")
 def monte_carlo_pi(q):
+    q.reserve(2, 4)
     d = draws(q, n=range(1000, 50_000, 100), s=SEEDS)
     return d, ["import numpy as np", f"rng = np.random.default_rng({d['s']})", f"x, y = rng.random((2, {d['n']}))", "inside = x ** 2 + y ** 2 < 1", "print(round(inside.mean() * 4, 3))"]
 

@@ -32,12 +32,12 @@ def per_period(q):
     where, lines, rows = filtered(q, 0.5)
     return dict(p=p, ply=ply, where=where), [*lines, f"print({rows}[{t.name!r}].{PERIODS[p]}.value_counts().sort_index())"]
 
-# %% ../../nbs/10_curation/05a_trend_tasks.ipynb #09a29139
+# %% ../../nbs/10_curation/05a_trend_tasks.ipynb #b6111d8e
 @_family(2, "number", """
     {n}th percentile of {x}{where}
     what is the {n}th percentile of {x}{where}?
     [compute|find|print] the {n}th percentile of {x}{where}
-    p{n} of {x}{where}
+    the p{n} of {x}{where}
     [give me|show] the {n} % quantile of {x}{where}
     below which {x} are {n} % of the [rows|entries]{where}
     the {n}th percentile {x}{where}, please
