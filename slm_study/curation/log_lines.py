@@ -178,12 +178,12 @@ add_format("openssh", r"^\w{3} +\d+ [\d:]{8} \S+ sshd\[", "auth.log sshd.log sec
     bad||Failed password for {user} from {ip} port {port} ssh2
     info||pam_unix(sshd:auth): check pass; user unknown""", time="%b %d %H:%M:%S")
 
-# %% ../../nbs/10_curation/03a_log_lines.ipynb #a003823c
+# %% ../../nbs/10_curation/03a_log_lines.ipynb #d00d4cba
 add_format("syslog", r"^\w{3} +\d+ [\d:]{8} \S+ \S+", "syslog messages syslog.log messages.log system.log daemon.log node7.log server1.log messages-0304.log",
     "session opened;authentication failure;DHCPREQUEST;ALERT;CMD;connection from;error;session closed", r"""
     time time 1 ^(\w{3} +\d+ [\d:]{8})
     host category 1 ^\w{3} +\d+ [\d:]{8} (\S+)
-    program category 0.95 ^\w{3} +\d+ [\d:]{8} \S+ ([^\s:\[]+)
+    program category 0.95 ^\w{3} +\d+ [\d:]{8} \S+ +([^:\[]+)[:\[]
     pid category 0.3 ^[^\]]*?\[(\d+)\]:
     remote category 0.05 rhost=(\S+)
     user category 0.1 user[= ]([A-Za-z]\w*)

@@ -16,10 +16,10 @@ from .log_formats import FORMATS, HELD_OUT_FORMATS, log_columns
 from .log_questions import LOG_FAMILIES, LogQuestion, draw_file, extract, formats_of, line_filter, log_family, read
 from . import log_counts, log_times # they register their families
 
-# %% ../../nbs/10_curation/06_log_tasks.ipynb #49845523
-def numbers(q, p=0.5):
-    "Numbers of the lines that a filter keeps: mentions, lines of Python"
-    column = q.take("number")
+# %% ../../nbs/10_curation/06_log_tasks.ipynb #3ad68785
+def numbers(q, p=0.5, grouped=False):
+    "Numbers of the lines that a filter keeps, and perhaps `q.group` to group them by: mentions, lines of Python"
+    column, q.group = q.take("number"), q.take("category") if grouped else None
     w, lines, rows = line_filter(q, p)
     q.taken = column
     return q.says(column) | dict(w=w), [*read(q.file), *lines, f"values = {extract(column, rows)}.astype(float)"]
@@ -56,11 +56,11 @@ def log_numbers(q):
     compare the {g} groups by their {agg} {f}{w}""")
 def log_number_by(q):
     name, agg = say_aggregate(q)
-    (fields, lines), group = numbers(q, 0.3), q.take("category")
+    fields, lines = numbers(q, 0.3, True)
     rows = "rows" if len(lines) > 3 else "lines"
-    return fields | dict(agg=agg.removesuffix(" of"), g=q.say(group)), [*lines, f"groups = {extract(group, rows)}", f"print(values.groupby(groups).{name}().dropna().round(3))"]
+    return fields | dict(agg=agg.removesuffix(" of"), g=q.say(q.group)), [*lines, f"groups = {extract(q.group, rows)}", f"print(values.groupby(groups).{name}().dropna().round(3))"]
 
-# %% ../../nbs/10_curation/06_log_tasks.ipynb #0e559d63
+# %% ../../nbs/10_curation/06_log_tasks.ipynb #34dc7229
 @log_family(2, "number category", ordered=True, wordings="""
     {n} {gs} with the highest {agg} {f}{w}
     top {n} {gs} by {agg} {f}{w}
@@ -76,9 +76,9 @@ def log_number_by(q):
     order the {gs} by {agg} {f}{w} and keep {n}""")
 def log_top_by(q):
     name, agg = say_aggregate(q, ("mean", "sum", "max", "median"))
-    n, (fields, lines), group = q.few(), numbers(q, 0.3), q.take("category")
-    rows, said = "rows" if len(lines) > 3 else "lines", q.says(group)
-    return fields | dict(agg=agg.removesuffix(" of"), n=say_value(q.rng, n), g=said["f"], gs=said["fs"]), [*lines, f"groups = {extract(group, rows)}", f"print(values.groupby(groups).{name}().nlargest({n}).round(3))"]
+    n, (fields, lines) = q.few(), numbers(q, 0.3, True)
+    rows, said = "rows" if len(lines) > 3 else "lines", q.says(q.group)
+    return fields | dict(agg=agg.removesuffix(" of"), n=say_value(q.rng, n), g=said["f"], gs=said["fs"]), [*lines, f"groups = {extract(q.group, rows)}", f"print(values.groupby(groups).{name}().nlargest({n}).round(3))"]
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #9de9f887
 @log_family(2, "number", wordings="""
