@@ -81,7 +81,7 @@ class Task:
         columns = tuple(Column(c["name"], c["kind"], tuple(c["values"]), c.get("pattern", "")) for c in d["columns"])
         return cls(**d | {"columns": columns, "tags": tuple(d["tags"])})
 
-# %% ../../nbs/10_curation/07_tasks.ipynb #26dd937b
+# %% ../../nbs/10_curation/07_tasks.ipynb #5dffe487
 FAMILIES = TABLE_FAMILIES | LOG_FAMILIES | SCIENCE_FAMILIES
 SPLITS = ("train", "validation", "iid", "phrasing", "composition", "schema", "format")
 
@@ -105,10 +105,9 @@ def families_of(
     split:str, # one of SPLITS
 )-> tuple: # names of families
     "The families that can give a split: only logs have formats, only data has names, only combinations are held out."
-    if split == "format": return tuple(LOG_FAMILIES)
     if split == "schema": return tuple(n for n, f in FAMILIES.items() if f.needs or n in LOG_FAMILIES)
-    if split == "composition": return tuple(n for n in FAMILIES if any(_one(random.Random(f"{n} {i}"), split, n) for i in range(150)))
-    return tuple(FAMILIES)
+    if split not in ("composition", "format"): return tuple(FAMILIES)
+    return tuple(n for n in (LOG_FAMILIES if split == "format" else FAMILIES) if any(_one(random.Random(f"{n} {i}"), split, n) for i in range(150)))
 
 def _draw(rng, split, families):
     "(request, handover, columns, program, family, table or None, log files)"
