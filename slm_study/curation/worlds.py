@@ -18,13 +18,13 @@ import numpy as np
 
 from .slots import Column
 
-# %% ../../nbs/10_curation/03_worlds.ipynb #91fcf72a
+# %% ../../nbs/10_curation/03_worlds.ipynb #086d34fa
 _MACHINES = """
 service log
 time|time timestamp ts logged_at datetime created|event_time observed_at clock
 category|level severity sev log_level priority lvl|urgency grade alert_class|INFO WARNING ERROR DEBUG CRITICAL
 category|host hostname node server machine|instance vm backend_box|web-01 web-02 db-01 cache-01 api-03 edge-07
-category|component module logger subsystem service|origin package daemon|auth scheduler storage gateway billing search
+category|component module logger subsystem service|origin package supervisor|auth scheduler storage gateway billing search
 number|latency_ms duration response_time elapsed_ms took_ms|handling_ms turnaround lag_ms|lognormal 120 0.6 1
 number|bytes size payload_bytes body_size|octets volume_kb wire_size|lognormal 4000 0.8 0
 text|message msg text_line description|note detail remark|request finished;connection timeout;retry scheduled;disk almost full;user not found;cache miss
@@ -32,7 +32,7 @@ text|message msg text_line description|note detail remark|request finished;conne
 web traffic
 time|time timestamp ts date request_time|served_at hit_time clock_utc
 category|method verb http_method|action request_kind|GET POST PUT DELETE HEAD
-category|path url endpoint route resource|target_page handler uri_stem|home login search cart checkout profile
+category|path url endpoint route webpage|target_page handler uri_stem|home login search cart checkout profile
 category|client client_name browser user_agent app|agent_family caller|firefox chrome safari curl bot
 category|region country zone datacenter|market continent geo|europe asia africa oceania america
 number|bytes response_bytes size transferred|octets_out volume|lognormal 9000 0.9 0
