@@ -280,7 +280,7 @@ def logs_joined(q):
     return (q.says(first) | dict(a=q.file, b=file, n=say_value(q.rng, n)),
             [*read(q.file), *read(file, "other")[1:], f"found = {extract(first)}", f"known = {extract(second, 'other')}", f"print(found[found.isin(known)].value_counts().head({n}))"])
 
-# %% ../../nbs/10_curation/06_log_tasks.ipynb #146db88d
+# %% ../../nbs/10_curation/06_log_tasks.ipynb #df84a57c
 _PICTURES = [f"{stem}.{suffix}" for stem in "counts chart bars plot levels hours overview report/summary figure1 out traffic busy".split() for suffix in ("png", "png", "svg", "pdf")]
 
 @log_family(2, "category", wordings="""
@@ -288,7 +288,7 @@ _PICTURES = [f"{stem}.{suffix}" for stem in "counts chart bars plot levels hours
     bar chart of the top {n} {fs}{w} in {p}
     [draw|make] a bar plot of lines per {f}{w}, top {n}, saved as {p}
     save a bar chart of the {n} most common {fs}{w} to {p}
-    {p}: bars for the top {n} {fs}{w}
+    bars for the top {n} {fs}{w}, into {p}
     plot counts by {f}{w}, first {n}, into {p}
     show the top {n} {fs}{w} as a bar chart, file {p}
     [create|write] {p} with a bar chart of the {n} leading {fs}{w}
@@ -308,7 +308,7 @@ def log_plot(q):
     [line plot|plot] of lines per {u}{w} in {p}
     [draw|make] a plot of how many lines{w} there are per {u}, saved as {p}
     save a plot of the number of lines per {u}{w} to {p}
-    {p}: lines over time{w}, per {u}
+    lines over time{w}, per {u}, as a plot in {p}
     plot activity by {u}{w} into {p}
     show the lines per {u}{w} as a curve, file {p}
     [create|write] {p} with the number of lines{w} in each {u}

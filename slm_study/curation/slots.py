@@ -140,7 +140,7 @@ def _fuzzy(word, table):
     return [t for form, ts in table.items() if len(form) == 1 and abs(len(form[0]) - len(word)) < 3 and len(form[0]) > 4 and _near(word, form[0])
             for t in ts if t[0] < 3]
 
-# %% ../../nbs/10_curation/01_slots.ipynb #302a56b2
+# %% ../../nbs/10_curation/01_slots.ipynb #cb01c6b8
 _LITERAL = re.compile(r'''
   (?P<quoted>`[^`\n]+`|"[^"\n]+"|(?<!\w)'[^'\n]+'(?!\w)|“[^”\n]+”)
  |(?P<file>(?<![\w.])[\w\-./]*\w\.(?:png|svg|pdf|csv|tsv|jsonl?|log|txt|out)\b(?!\.\w))
@@ -148,10 +148,10 @@ _LITERAL = re.compile(r'''
  |(?P<address>(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.]*\d))
  |(?P<path>(?<![\w/.])/\w[\w./\-]*\w)
  |(?P<slot>(?<!\w)[CVNF]\d+(?!\w))''', re.X)
-_NUMBER = re.compile(r"(?:(?<![\w.])|(?<=\bp))-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?=(?:st|nd|rd|th|ms|min|s|h|x)?(?![\w])(?!\.\d))")
+_NUMBER = re.compile(r"(?:(?<![\w.])|(?<=\b[pP]))-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?=(?:st|nd|rd|th|ms|min|s|h|x)?(?![\w])(?!\.\d))")
 _NUMBER_WORDS = {w: i for i, w in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
 _WORD = re.compile(r"(?<!\w['’])[^\W_]+")
-_GAP = re.compile(r"[\s_\-./:()%°]{0,3}$")
+_GAP = re.compile(r"[\s_\-./:()%°$@#+]{0,3}$")
 
 def _number(text):
     "A written number as int or float, None if it is neither"
