@@ -14,7 +14,7 @@ from .science_tasks import SCIENCE_FAMILIES, SEEDS, draws
 
 _family = functools.partial(family, registry=SCIENCE_FAMILIES)
 
-# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #b34c42c1
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #6c07d924
 @_family(3, "category number", """
     t-test of {x} between {v} and {w}{where}: {what}
     Welch's t-test of {x}, {v} against {w}{where}: what is the {what}?
@@ -53,6 +53,7 @@ def chi_square(q):
     return (dict(a=say_column(q.rng, a), c=say_column(q.rng, c), what=what, where=where),
             ["import pandas as pd", "from scipy.stats import chi2_contingency", *lines, f"counts = pd.crosstab({rows}[{a.name!r}], {rows}[{c.name!r}])", f"print(round(chi2_contingency(counts).{f}, 3))"])
 
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #4fba672b
 @_family(3, "category number", """
     one-way ANOVA of {x} over {c}{where}: {what}
     does {x} differ between {c}{where}? print the {what} of an ANOVA
@@ -71,7 +72,7 @@ def anova(q):
     return (dict(x=say_column(q.rng, x), c=say_column(q.rng, c), what=what, where=where),
             ["from scipy.stats import f_oneway", *lines, f"groups = [g for _, g in {rows}.groupby({c.name!r})[{x.name!r}]]", f"print(round(f_oneway(*groups).{f}, 3))"])
 
-# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #59d04ce7
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #cf3edccb
 @_family(2, "number number", """
     Spearman correlation of {a} and {b}{where}
     rank correlation between {a} and {b}{where}
@@ -106,6 +107,7 @@ def confidence_interval(q):
     return (dict(x=say_column(q.rng, x), n=n, where=where),
             ["from scipy.stats import t", *lines, f"values = {rows}[{x.name!r}]", f"low, high = t.interval({n} / 100, len(values) - 1, values.mean(), values.sem())", "print(round(low, 3), round(high, 3))"])
 
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #ae09ab06
 @_family(3, "number", """
     bootstrap {n} % interval of the {agg} {x}{where}, {k} samples, seed {s}
     bootstrap the {agg} of {x}{where} with {k} resamples and seed {s}: {n} % interval?
@@ -126,7 +128,7 @@ def bootstrap(q):
             ["import numpy as np", *lines, f"rng = np.random.default_rng({d['s']})", f"values = {rows}[{x.name!r}].to_numpy()", f"samples = rng.choice(values, ({d['k']}, len(values)))",
              f"bounds = np.quantile(np.{agg}(samples, axis=1), [0.5 - {d['n']} / 200, 0.5 + {d['n']} / 200])", "print(bounds.round(3).tolist())"])
 
-# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #1a243298
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #86617ecc
 @_family(3, "number number", """
     R2 of a polynomial of degree {n} for {b} against {a}{where}
     fit {b} over {a}{where} by a polynomial of degree {n} and print R2
@@ -162,6 +164,7 @@ def histogram_counts(q):
     return (dict(x=say_column(q.rng, x), n=say_value(q.rng, n), where=where),
             ["import numpy as np", *lines, f"counts, edges = np.histogram({rows}[{x.name!r}], bins={n})", "print(counts.tolist())"])
 
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #a1c7e7de
 @_family(3, "number number number", """
     PCA of {a}, {b} and {c}: percentage of variance explained by the first component
     what percentage of the variance does the first principal component of {a}, {b}, {c} explain?
@@ -181,7 +184,7 @@ def pca_variance(q):
     return (words | dict(c=say_column(q.rng, c) + where),
             ["from sklearn.decomposition import PCA", *lines, f"values = {rows}{names}", "values = (values - values.mean()) / values.std()", "pca = PCA().fit(values.to_numpy())", "print(round(pca.explained_variance_ratio_[0] * 100, 3))"])
 
-# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #cbdc642c
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #899ee379
 _MODELS = {"decision tree": ("max_depth={n}, random_state={s}", "from sklearn.tree import DecisionTreeClassifier", "a decision tree of depth {n}"),
            "nearest neighbours": ("n_neighbors={n}", "from sklearn.neighbors import KNeighborsClassifier", "{n} nearest neighbours"),
            "random forest": ("n_estimators={n}, random_state={s}", "from sklearn.ensemble import RandomForestClassifier", "a random forest of {n} trees")}
@@ -225,6 +228,7 @@ def cluster_sizes(q):
             ["from sklearn.cluster import KMeans", "import pandas as pd", *lines, f"values = {rows}[[{a.name!r}, {b.name!r}]]",
              f"labels = KMeans({d['n']}, n_init=8, random_state={d['s']}).fit_predict(values)", "print(sorted(pd.Series(labels).value_counts().tolist()))"])
 
+# %% ../../nbs/10_curation/05c_inference_tasks.ipynb #9a66d977
 @_family(2, "number category", """
     how many outliers has {x}{where} by the {n} IQR rule?
     count the {x} values more than {n} IQR outside the quartiles{where}

@@ -67,7 +67,7 @@ def group_portion(q):
     return (dict(x=say_column(q.rng, x), c=say_column(q.rng, c), where=where),
             [*lines, f"totals = {rows}.groupby({c.name!r})[{x.name!r}].sum()", "share = totals / totals.sum() * 100", "print(share.round(3))"])
 
-# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #2e2a1669
+# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #7ed346ef
 @_family(2, "category category", """
     which [pair|combination] of {a} and {c} is most [common|frequent]{where}?
     most [common|frequent] combination of {a} and {c}{where}
@@ -102,6 +102,7 @@ def cross_table(q):
     return (dict(a=say_column(q.rng, a), c=say_column(q.rng, c), where=where),
             ["import pandas as pd", *lines, f"print(pd.crosstab({rows}[{a.name!r}], {rows}[{c.name!r}]))"])
 
+# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #db416f1f
 @_family(3, "category category number", """
     for each {c}, the {y} of the [row|entry] with the {ext} {x}{where}
     which {y} has the {ext} {x} within each {c}{where}?
@@ -172,7 +173,7 @@ def period_share(q):
     phrase, code = condition(q)
     return dict(p=p, ply=ply, cond=" " + phrase), [f"share = ({code}).groupby(df[{t.name!r}].{PERIODS[p]}).mean() * 100", "print(share.round(3))"]
 
-# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #198c427b
+# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #e2301c93
 @_family(3, "time number", """
     {ext} rolling mean of {x} over {n} [rows|readings]{where}
     what is the {ext} [moving average|rolling mean] of {x}, window {n}{where}?
@@ -209,6 +210,7 @@ def crossings(q):
     return (dict(x=say_column(q.rng, x), t=say_column(q.rng, t), n=n, where=where),
             [*lines, f"over = {rows}.sort_values({t.name!r})[{x.name!r}] > {n}", "print((over & ~over.shift(fill_value=True)).sum())"])
 
+# %% ../../nbs/10_curation/05a_machine_tasks.ipynb #7941669d
 @_family(2, "time category", """
     how often does {c} change{where}?
     number of changes of {c} over time{where}

@@ -35,7 +35,7 @@ def grid(
     "Numbers to draw from."
     return tuple(dict.fromkeys(round(float(x), digits) for x in np.linspace(low, high, n)))
 
-# %% ../../nbs/10_curation/05b_science_tasks.ipynb #45985eeb
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #7fc8c9f2
 @_family(1, wordings="""
     distance in {u} of a star with parallax {p} mas
     a star has a parallax of {p} milliarcseconds: how far is it in {u}?
@@ -82,6 +82,7 @@ def kepler_period(q):
     d = draws(q, a=grid(0.15, 38, 2, 300), m=grid(0.4, 2.9, 2, 50))
     return d, [f"period = ({d['a']} ** 3 / {d['m']}) ** 0.5", "print(round(period, 3))"]
 
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #329ca9fb
 @_family(1, wordings="""
     peak wavelength in nm of a blackbody at {t} K
     at which wavelength (nm) does a blackbody of {t} K shine brightest?
@@ -97,7 +98,7 @@ def blackbody_peak(q):
     d = draws(q, t=range(610, 29_000, 10))
     return d, [f"peak = 2897771.955 / {d['t']}", "print(round(peak, 3))"]
 
-# %% ../../nbs/10_curation/05b_science_tasks.ipynb #5eb72001
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #41b98622
 @_family(1, wordings="""
     simulate the radioactive decay of {n} nuclei, decay probability {p} per step, {t} steps, seed {s}: how many are left?
     radioactive decay: {n} atoms, probability {p}, {t} steps, seed {s}. print the number that remain
@@ -146,6 +147,7 @@ def projectile(q):
     d, what = draws(q, v=range(5, 90), a=range(11, 80)), q.rng.choice(tuple(_FLIGHT))
     return d | dict(what=what), ["import numpy as np", f"angle = np.radians({d['a']})", f"result = {_FLIGHT[what].format(v=d['v'])}", "print(round(result, 3))"]
 
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #ea33abd7
 @_family(2, wordings="""
     random walk of {n} steps with seed {s}: {what}?
     simulate a random walk of {n} steps (plus or minus one, seed {s}) and print the {what}
@@ -239,7 +241,7 @@ def buffer_ph(q):
     d = draws(q, k=grid(3.1, 10.9, 2, 80), a=grid(0.02, 0.98, 2, 50), b=grid(0.02, 0.98, 2, 50))
     return d, ["import numpy as np", f"ph = {d['k']} + np.log10({d['a']} / {d['b']})", "print(round(ph, 3))"]
 
-# %% ../../nbs/10_curation/05b_science_tasks.ipynb #3f8363a8
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #7d5004da
 @_family(2, wordings="""
     logistic growth from {n} to capacity {k} with rate {r}: population after {t} steps?
     a population of {n} grows logistically, rate {r}, carrying capacity {k}; print it after {t} steps
@@ -288,6 +290,7 @@ def enzyme_fit(q):
     return d | dict(what=what), ["import numpy as np", "from scipy.optimize import curve_fit", f"rng = np.random.default_rng({d['s']})", f"x = np.linspace(1, {d['m']}, {d['n']})",
                f"y = {d['v']} * x / ({d['k']} + x) + rng.normal(0, {d['sd']}, {d['n']})", "fit, _ = curve_fit(lambda x, vmax, km: vmax * x / (km + x), x, y, p0=(y.max(), 3))", f"print(round(fit[{i}], 3))"]
 
+# %% ../../nbs/10_curation/05b_science_tasks.ipynb #8312bd30
 @_family(3, wordings="""
     SIR epidemic with {n} people, {i} infected, infection rate {b}, recovery rate {g}: {what} in {t} days?
     simulate an SIR model: population {n}, {i} infected, beta {b}, gamma {g}, {t} days, print the {what}
