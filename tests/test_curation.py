@@ -23,10 +23,10 @@ def run_python(code:str, **env)-> str:
 
 MANY = """
 import hashlib, json, random
-from slm_study.curation.tasks import SPLITS, generate_tasks
+from slm_study.curation.tasks import generate_tasks
 from slm_study.curation.corpus import make_pair
 if __name__ == "__main__":
-    tasks = [t.to_dict() for s in SPLITS for t in generate_tasks(6, 3, s, workers=%d)]
+    tasks = [t.to_dict() for s in ("iid", "composition", "format") for t in generate_tasks(10, 3, s, workers=%d)]
     rng = random.Random("x")
     print(hashlib.sha256(json.dumps([tasks, [make_pair(rng) for _ in range(200)]], sort_keys=True).encode()).hexdigest())
 """
