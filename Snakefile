@@ -60,12 +60,12 @@ rule finetune:
     shell: f"{STEP} 2_finetune {GIVEN} --model {{wildcards.model}} --seed {{wildcards.seed}}"
 
 rule evaluate:
-    # all cores: nothing else may run while a variant is timed
+    # two at once; while one takes its times, the other waits for its turn (slm_study.studies.turn)
     input: sources("3_evaluate", "compression", "runtime", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
     output: f"{FOLDER}/{M}/seed{S}/{T}/record.json"
     params: lambda w: R.hash("evaluation", "qlora", *{"pruning", "pruning_masked", "weight_sharing", "early_exit", "quantization", "combined"} & {w.technique})
     log: f"{FOLDER}/notebooks/3_evaluate-{M}-{T}-seed{S}.ipynb"
-    threads: workflow.cores
+    threads: HALF
     shell: f"{STEP} 3_evaluate {GIVEN} --model {{wildcards.model}} --technique {{wildcards.technique}} --seed {{wildcards.seed}}"
 
 rule results:

@@ -1739,4 +1739,5 @@ d = { 'settings': { 'branch': 'main',
                                    'slm_study.studies.main': ('studies.html#main', 'slm_study/studies.py'),
                                    'slm_study.studies.need': ('studies.html#need', 'slm_study/studies.py'),
                                    'slm_study.studies.notebook_path': ('studies.html#notebook_path', 'slm_study/studies.py'),
-                                   'slm_study.studies.papermill_command': ('studies.html#papermill_command', 'slm_study/studies.py')}}}
+                                   'slm_study.studies.papermill_command': ('studies.html#papermill_command', 'slm_study/studies.py'),
+                                   'slm_study.studies.turn': ('studies.html#turn', 'slm_study/studies.py')}}}
