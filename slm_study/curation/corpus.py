@@ -199,10 +199,10 @@ def _stamp(name, data):
 
 # %% ../../nbs/10_curation/10_corpus.ipynb #c87bd9e2
 _PACKAGES = ("slm_study", "datasets", "detect-secrets", "numpy", "pandas", "rensa")
-_PLAIN_ONE_IN = 10
+_PLAIN_ONE_IN = 20
 
 def _pretrain_pairs(guard, data):
-    "Pairs as text: nine in slots, then one with the real names"
+    "Pairs as text: nineteen in slots, then one with the real names"
     for i, p in enumerate(guard.pairs(data.pretrain_tasks, random.Random(f"{data.seed} pretrain"), data.slots, PRETRAIN_FAMILIES)):
         kind = "plain_" * (i % _PLAIN_ONE_IN == _PLAIN_ONE_IN - 1)
         yield dict(text=p[kind + "prompt"] + p[kind + "completion"], loss_from=len(p[kind + "prompt"]), source="tasks")

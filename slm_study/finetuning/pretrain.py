@@ -233,7 +233,7 @@ def pretrain(
     "Train a base model from scratch and save it as a plain checkpoint."
     size, rows = getattr(settings, model), read_rows(data)
     tokenizer = train_tokenizer((r["text"] for r in rows), settings.vocab_size, slot_tokens)
-    encoded = encode_all(tokenizer, [(r["text"][:r["loss_from"]], r["text"][r["loss_from"]:]) for r in rows], size.positions)
+    encoded = encode_all(tokenizer, [(r["text"][:r["loss_from"]], r["text"][r["loss_from"]:]) for r in rows], min(size.positions, settings.max_length))
     torch.manual_seed(settings.seed)
     net = AutoModelForCausalLM.from_config(config_for(model, size, len(tokenizer)), attn_implementation=ATTENTION)
     batch_size = max(1, round(settings.batch_tokens*len(encoded)/sum(r["length"] for r in encoded)))
