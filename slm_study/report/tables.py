@@ -74,7 +74,7 @@ def made_up_records(
     rng = np.random.default_rng(seed)
     typical = dict(parameters=2e6, matmul_parameters=1.8e6, disk_mib=8, latency_ms=260, ms_per_token=4.2, time_ratio=.95, aa_ratio=1.003, ms_per_token_batch8=1.1, prefill_ms=6, new_tokens=62,
                    throughput_samples_s=3.6, peak_mem_mib=460, mem_libraries_mib=400, mem_weights_mib=8, mem_kv_mib=1, mem_rest_mib=40, layers_run_pct=80, inference_success_pct=96, syntax_errors=7,
-                   valid_raw_pct=90, valid_pct=94, exec_pct=80, accuracy_pct=55, same_text_pct=95, q_score=62, q_score_keywords=48)
+                   valid_raw_pct=90, valid_pct=94, exec_pct=80, accuracy_pct=55, same_text_pct=95, **{k: 50. for k in METRICS if k.startswith("accuracy_") and k != "accuracy_pct"}, q_score=62, q_score_keywords=48)
     exact, rows = {k for k in METRICS if k.endswith(("parameters", "_mib", "errors"))}, []
     shrink = {"llama.cpp": .15, "llama.cpp-f16": .2, "llama.cpp-q4_0": .12} # of times and memory
     for backend, model, technique, metric in itertools.product(BACKENDS, MODELS, TECHNIQUES, typical):
