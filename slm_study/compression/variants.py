@@ -60,7 +60,7 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     save_exits(out, heads, s.tau or tau, agreement=s.agreement, calibrated=s.tau is None)
     table.to_json(out/"tau_sweep.json", orient="records", indent=1)
 
-# %% ../../nbs/30_compression/05_variants.ipynb #b583f6d9
+# %% ../../nbs/30_compression/05_variants.ipynb #cd863538
 def _made_of(technique:str, recipe:Recipe, tuned:Path, seed:int) -> dict:
     "What a variant depends on; if any of it changes, the variant is made anew."
     digest = hashlib.sha256()
@@ -72,7 +72,7 @@ def build(
     recipe:Recipe,
     pretrained:str|Path,   # checkpoint before tuning
     tuned:str|Path,        # checkpoint after tuning
-    rows:list[dict],       # prompt, completion: to heal and to train exits
+    rows:list[dict],       # prompt, completion: to heal and to train exits; plain_prompt, plain_completion for names
     validation:list[dict], # to calibrate tau
     out:str|Path,          # folder for the variant's checkpoint
     seed:int=0
@@ -80,14 +80,14 @@ def build(
     "Make one variant and audit it against the tuned model."
     pretrained, tuned, out = Path(pretrained), Path(tuned), Path(out)
     if technique not in TECHNIQUES: raise StudyError(f"technique: {technique!r} is not one of {', '.join(TECHNIQUES)}")
-    if technique == "untuned": return pretrained, compare(pretrained, pretrained)
     if technique == "base": return tuned, compare(tuned, tuned)
-    if technique == "names": tuned = pretrained # tuned from there, with the real names
+    if technique in ("untuned", "names"): tuned = pretrained # names: tuned from there, with the real names
     made_of = _made_of(technique, recipe, tuned, seed)
     if not (out/"variant.json").exists() or json.loads((out/"variant.json").read_text()) != made_of:
         shutil.rmtree(out, ignore_errors=True)
         plain = [[dict(prompt=r["plain_prompt"], completion=r["plain_completion"]) for r in rs] for rs in (rows, validation)] if technique == "names" else None
-        if technique == "names": finetune(pretrained, plain[0], recipe.qlora, out, "QLoRA without slots", seed, validation=plain[1])
+        if technique == "untuned": save_checkpoint(*load_checkpoint(pretrained), out) # a shipped base is in 16 bits; here all weights are in 32
+        elif technique == "names": finetune(pretrained, plain[0], recipe.qlora, out, "QLoRA without slots", seed, validation=plain[1])
         elif technique == "early_exit": _early_exit(tuned, recipe, rows, validation, out, seed)
         else:
             model, tokenizer = load_checkpoint(tuned)
@@ -100,7 +100,7 @@ def build(
             if technique == "quantization": quantize(model, tokenizer, out, recipe.quantization.format, recipe.quantization.double_quant)
             if technique == "combined": _combined(model, tokenizer, recipe, rows, out, seed)
         with atomic_write(out/"variant.json") as f: json.dump(made_of, f)
-    return out, compare(tuned, out, technique)
+    return out, compare(out, out) if technique == "untuned" else compare(tuned, out, technique)
 
 # %% ../../nbs/30_compression/05_variants.ipynb #98902b81
 def pruned_example(
