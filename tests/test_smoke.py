@@ -29,10 +29,10 @@ def study(tmp_path_factory):
     command = [BIN/"slm-study", "run", "--recipe", "smoke", "--out", str(out)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/")
     for _ in range(3000):
-        if list(out.glob("*/seed0/*/record.json")) or first.poll() is not None: break
+        if (written := list(out.glob("*/seed0/*/record.json"))) or first.poll() is not None: break
         time.sleep(.2)
-    time.sleep(8)                                  # that run is over, and others are in their middle
-    kept = {p: p.stat().st_mtime_ns for p in out.glob("*/seed0/*/record.json") if time.time()-p.stat().st_mtime > 6}
+    time.sleep(8)                                  # their runs are over (Snakemake touches what a run has made), others are in their middle
+    kept = {p: p.stat().st_mtime_ns for p in written}
     os.killpg(first.pid, signal.SIGKILL); first.wait()
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stdout[-3000:]+done.stderr[-2000:]
