@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EOS', 'PAD', 'config_for', 'architecture', 'blocks', 'input_embedding', 'lm_head', 'final_norm', 'is_tied', 'FFN',
-           'ffn', 'set_ffn_width', 'save_checkpoint', 'load_checkpoint', 'disk_mib']
+           'ffn', 'set_ffn_width', 'save_checkpoint', 'load_checkpoint', 'hub_folder', 'from_hub', 'disk_mib']
 
 # %% ../nbs/02_models.ipynb #9c6f310f
 import json, os
@@ -133,6 +133,31 @@ def load_checkpoint(
     if info["missing_keys"]: raise StudyError(f"{path}: lacks {len(info['missing_keys'])} tensors, such as {sorted(info['missing_keys'])[0]}; delete this folder and run the study again")
     tokenizer = _loading(path, lambda: AutoTokenizer.from_pretrained(path, local_files_only=True)) if (path/"tokenizer.json").exists() else None
     return model.eval(), tokenizer
+
+# %% ../nbs/02_models.ipynb #21e7a359
+_WANTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+def hub_folder(
+    source:str # "hub:ID" or "hub:ID@revision"
+) -> Path: # its local copy, named by the full revision
+    "Download a model, or find it in the cache (`HF_HOME`); raises `StudyError` where it cannot be had."
+    import huggingface_hub
+    repo, _, revision = source.removeprefix("hub:").partition("@")
+    try: return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=_WANTED))
+    except Exception as e: # huggingface_hub, httpx and the system each raise their own
+        raise StudyError(f"bases: {source} cannot be had ({type(e).__name__}); check the id and the network (`hf auth login` where it is gated), or write the folder of a copy") from None
+
+def from_hub(
+    source:str,    # "hub:ID" or "hub:ID@revision"
+    out:str|Path   # the plain checkpoint to make, fp32
+) -> dict: # made_by, source, revision, parameters
+    "A published model as a checkpoint of this study."
+    folder = hub_folder(source)
+    model, tokenizer = load_checkpoint(folder)
+    if tokenizer is None: raise StudyError(f"bases: {source} has no tokenizer.json; choose a model that has one")
+    facts = dict(made_by="hub", source=source, revision=folder.name, parameters=model.num_parameters())
+    save_checkpoint(model, tokenizer, out, facts)
+    return facts
 
 # %% ../nbs/02_models.ipynb #843bf8c8
 def disk_mib(path:str|Path) -> float: # MiB

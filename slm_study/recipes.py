@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MODELS', 'TECHNIQUES', 'TECHNIQUE_NAMES', 'Ratio', 'Positive', 'Count', 'StudyError', 'root', 'Sources', 'Caps',
            'Data', 'Size', 'Bases', 'Pretrain', 'QLoRA', 'PruningMasked', 'Pruning', 'WeightSharing', 'EarlyExit',
-           'Quantization', 'Combined', 'Evaluation', 'Recipe', 'one_line', 'recipe_names', 'load_recipe',
+           'Quantization', 'Combined', 'Sweep', 'Evaluation', 'Recipe', 'one_line', 'recipe_names', 'load_recipe',
            'check_parameters', 'Run']
 
 # %% ../nbs/00_recipes.ipynb #ca5f6fab
 import os
 from pathlib import Path
 from typing import Annotated, Literal
-import hashlib, json
+import hashlib, json, re
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -44,6 +44,11 @@ Ratio = Annotated[float, Field(ge=0, lt=1)] # a fraction removed: 1 would leave 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 
+def _unique(names:tuple) -> tuple:
+    if not names: raise ValueError("must name at least one")
+    if len(set(names)) < len(names): raise ValueError(f"names one twice: {', '.join(map(str, names))}")
+    return names
+
 class Sources(_Part):
     "Where each of eq. 1's four sources comes from: the sample (`embedded`), the original (`hub`), or a local copy."
     scidocs: str = "embedded"
@@ -65,6 +70,7 @@ class Data(_Part):
     missing_sources: Literal["stop", "skip"] = "stop" # a source that is gated or cannot be reached; skip: go on, and say so in the manifest
     caps: Caps = Caps()
     slots: bool = True              # replace column names, values and numbers by placeholders
+    varied: Annotated[float, Field(ge=0, le=1)] = 0.65 # share of the training requests that are said in other words
     published_prompts: bool = False # the published wording for the sources' prompts
     pretrain_tasks: Positive = 30_000
     train_tasks: Positive = 8_000
@@ -83,7 +89,7 @@ class Size(_Part):
     positions: Positive = 512
 
 class Bases(_Part):
-    "Where each base model comes from: trained here from scratch, or a checkpoint's folder."
+    "Where each base model comes from: `train`ed here from scratch, `random` weights in the original's shape, `hub:ID` or `hub:ID@revision`, or a checkpoint's folder."
     tinyllama: str = "train"
     starcoder: str = "train"
 
@@ -113,7 +119,7 @@ class QLoRA(_Part):
     lr: Annotated[float, Field(gt=0)] = 2e-3
     warmup_ratio: Ratio = 0.1
     grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    tokens: Positive = 600_000
+    tokens: Count = 600_000    # 0, and no epochs: no tuning, `base` is the model as it came
     epochs: Count = 0          # passes over the rows; 0: `tokens` decides
     batch_size: Positive = 16  # rows of an optimizer step
     accumulate: Positive = 1   # parts that a step's rows are computed in
@@ -176,9 +182,31 @@ class Combined(_Part):
     heal: Literal["lora", "full"] = "full"
     format: Literal["none", "nf4", "int8"] = "nf4"
 
+# %% ../nbs/00_recipes.ipynb #5ee90002
+class Sweep(_Part):
+    "How much can be removed: points between the tuned model and nothing, each healed with as many tokens."
+    ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], AfterValidator(_unique)] = (0.1, 0.3, 0.5, 0.7) # of feed-forward channels
+    criteria: Annotated[tuple[Literal["norm", "activation", "random"], ...], AfterValidator(_unique)] = ("norm", "activation", "random") # random is the control
+    healed: tuple[Literal["norm", "activation", "random"], ...] = ("norm", "random") # criteria whose points are healed as well, as pruning.heal says
+    layers: tuple[Positive, ...] = (1, 2, 3, 4) # how many blocks are removed, by influence
+    heads: bool = True           # remove half of the key-value groups (llama) or query heads (gpt_bigcode)
+    share: Literal["first", "second", "mean", "none"] = "first" # what neighbouring blocks share; none: no such point
+    heal_tokens: Positive = 40_000
+    order_tokens: Positive = 100_000 # of each order of operations, in all
+    order_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    prompts: Positive = 100      # of the test tasks
+    loss_rows: Positive = 64     # of the validation rows
+
+    @model_validator(mode="after")
+    def _enough(self):
+        if self.order_tokens <= self.heal_tokens: raise ValueError(f"order_tokens {self.order_tokens} must be more than heal_tokens {self.heal_tokens}, which the last of its steps takes")
+        return self
+
 # %% ../nbs/00_recipes.ipynb #d7509e5c
 class Evaluation(_Part):
     "What is measured, and the limits a generated program runs under."
+    quality: bool = True         # False: time and memory only, for weights that cannot write programs
+    device_prompts: Positive = 250 # of the test prompts, as many of each split, that llama.cpp answers as well
     max_new_tokens: Positive = 160
     batch_size: Positive = 32
     seconds: Annotated[float, Field(gt=0)] = 10.0
@@ -189,11 +217,6 @@ class Evaluation(_Part):
     threads: Positive = 1
 
 # %% ../nbs/00_recipes.ipynb #846dac46
-def _unique(names:tuple) -> tuple:
-    if not names: raise ValueError("must name at least one")
-    if len(set(names)) < len(names): raise ValueError(f"names one twice: {', '.join(map(str, names))}")
-    return names
-
 class Recipe(_Part):
     "A whole study: what to run and with which settings."
     name: str
@@ -211,6 +234,7 @@ class Recipe(_Part):
     early_exit: EarlyExit = EarlyExit()
     quantization: Quantization = Quantization()
     combined: Combined = Combined()
+    sweep: Sweep = Sweep()
     evaluation: Evaluation = Evaluation()
 
     def hash(self,
@@ -258,6 +282,8 @@ def _read_yaml(path:Path) -> dict:
     return data
 
 # %% ../nbs/00_recipes.ipynb #a780b795
+_HUB = re.compile(r"hub:[\w.-]+/[\w.-]+(@[\w.-]+)?")
+
 def _local(source:str, path:Path, key:str, *words:str) -> str:
     "A path of a recipe made absolute: relative to the recipe's file, else to the project; `words` stand for no path."
     if source in words: return source
@@ -278,7 +304,7 @@ def load_recipe(
     except TypeError as e: raise StudyError(f"{path}: {e}; quote that value") from None
     if not path.is_absolute(): path = path.resolve()
     sources = {k: _local(v, path, "data.sources", "embedded", "hub") for k, v in recipe.data.sources.model_dump().items()}
-    bases = {k: _local(v, path, "bases", "train") for k, v in recipe.bases.model_dump().items()}
+    bases = {k: v if _HUB.fullmatch(v) else _local(v, path, "bases", "train", "random", "hub:ID") for k, v in recipe.bases.model_dump().items()}
     return recipe.model_copy(update=dict(data=recipe.data.model_copy(update=dict(sources=Sources(**sources))), bases=Bases(**bases)))
 
 # %% ../nbs/00_recipes.ipynb #0289dc2b
@@ -321,7 +347,7 @@ class Run:
     @property
     def pretrained(self) -> Path:                                                                # 0_pretrain, or shipped
         base = getattr(self.recipe.bases, self.model)
-        return self.out/self.model/"pretrained" if base == "train" else Path(base)
+        return self.out/self.model/"pretrained" if base in ("train", "random") or base.startswith("hub:") else Path(base)
     @property
     def tuned(self) -> Path: return self.out/self.model/f"seed{self.seed}"/"tuned"               # 2_finetune
     @property
