@@ -152,7 +152,7 @@ class Pruning(_Part):
     ratio: Ratio = 0.25
     norm: Literal[1, 2] = 2
     heal_tokens: Count = 150_000 # trained on afterwards; 0 leaves the model unhealed
-    heal: Literal["lora", "full"] = "lora" # adapters on the full-precision weights, or all weights
+    heal: Literal["lora", "full"] = "full" # adapters on the full-precision weights, or all weights
 
 class WeightSharing(_Part):
     "One matrix for embedding and head."
@@ -185,16 +185,17 @@ class Combined(_Part):
 # %% ../nbs/00_recipes.ipynb #5ee90002
 class Sweep(_Part):
     "How much can be removed: points between the tuned model and nothing, each healed with as many tokens."
+    run: bool = True             # is the sweep part of `make study`?
     ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], AfterValidator(_unique)] = (0.1, 0.3, 0.5, 0.7) # of feed-forward channels
     criteria: Annotated[tuple[Literal["norm", "activation", "random"], ...], AfterValidator(_unique)] = ("norm", "activation", "random") # random is the control
     healed: tuple[Literal["norm", "activation", "random"], ...] = ("norm", "random") # criteria whose points are healed as well, as pruning.heal says
     layers: tuple[Positive, ...] = (1, 2, 3, 4) # how many blocks are removed, by influence
     heads: bool = True           # remove half of the key-value groups (llama) or query heads (gpt_bigcode)
     share: Literal["first", "second", "mean", "none"] = "first" # what neighbouring blocks share; none: no such point
-    heal_tokens: Positive = 40_000
-    order_tokens: Positive = 100_000 # of each order of operations, in all
+    heal_tokens: Positive = 30_000
+    order_tokens: Positive = 70_000 # of each order of operations, in all
     order_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    prompts: Positive = 100      # of the test tasks
+    prompts: Positive = 80       # of the test tasks
     loss_rows: Positive = 64     # of the validation rows
 
     @model_validator(mode="after")
