@@ -250,3 +250,41 @@ def test_quantised_is_a_plain_smaller_checkpoint(tmp_path):
             assert [len(t) for t in decode(again, ids, mask, 6, exits=ExitHeads.of(again, [1]), tau=.02).tokens] == [6]*4
             for again_cut in (lambda: prune_ffn(again, .5), lambda: prune_masked(again), lambda: prune_layers(again, [0]), lambda: quantize(again, None, tmp_path/"x")):
                 with pytest.raises(StudyError, match="quantised"): again_cut()
+
+@pytest.mark.parametrize("model,tied", KINDS)
+def test_shared_blocks_are_copies_of_one(model, tied):
+    "In pairs, the model computes what it computes with the first block's weights copied into the second; cached decoding too."
+    from slm_study.compression.weight_sharing import share_blocks, shared_blocks
+    m = make(model, tied); pairs, copied = share_blocks(m), make(model, tied)
+    for a, b in zip(blocks(copied)[0::2], blocks(copied)[1::2]): b.load_state_dict(a.state_dict())
+    assert gap(pairs, copied) < 1e-5 < gap(pairs, m)
+    per_block = sum(p.numel() for p in blocks(m)[0].parameters())
+    assert audit(m)["parameters"] - audit(pairs)["parameters"] == per_block*SIZE.layers//2 and audit(m)["matmul_parameters"] == audit(pairs)["matmul_parameters"]
+    ids, mask = padded(0)
+    assert decode(pairs, ids, mask, 8).tokens == decode(copied, ids, mask, 8).tokens
+    optimizer = torch.optim.SGD(pairs.parameters(), lr=.1)
+    pairs(ids, labels=ids).loss.backward(); optimizer.step()
+    assert shared_blocks(pairs) and not shared_blocks(copied)
+    with pytest.raises(StudyError, match="no config can say"): save_checkpoint(pairs, None, "never written")
+
+def test_a_killed_sweep_makes_no_point_twice(tmp_path):
+    "Whatever point it is killed at, the others are asked once in all; another tuned model starts it anew."
+    from slm_study.compression.sweeps import points, read_points, run_sweep
+    from slm_study.recipes import Pruning, Recipe, Sweep
+    m, asked = make("tinyllama"), []
+    class Stub: # a bench whose trainings cost nothing
+        s, recipe, batches = Sweep(ratios=(.25, .5), layers=(1,)), Recipe(name="x", pruning=Pruning()), [dict(input_ids=padded(0)[0], labels=padded(0)[0])]
+        class cut: model = m
+        def make(self, p): return m, 10*p["healed"]
+    class Killed(Exception): pass
+    def answers(model, stop):
+        if len(asked) == stop: raise Killed
+        asked.append(1); return [True], [True]
+    plan = points(m, Stub.s)
+    for stop in (3, 7, len(plan)):
+        try: rows = run_sweep(Stub(), lambda x: answers(x, stop), tmp_path/"points.jsonl", dict(tuned="a"), "x")
+        except Killed: assert len(read_points(tmp_path/"points.jsonl", dict(tuned="a"))) == stop
+    assert len(asked) == len(plan) == len(rows) and [{k: r[k] for k in plan[0]} for r in rows] == plan
+    assert len({json.dumps(p) for p in plan}) == len(plan)
+    run_sweep(Stub(), lambda x: answers(x, -1), tmp_path/"points.jsonl", dict(tuned="b"), "x")
+    assert len(asked) == 2*len(plan)
