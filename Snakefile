@@ -26,6 +26,7 @@ M, T, S = "{model}", "{technique}", "{seed}"
 FOLDER = str(STUDY.out)
 wildcard_constraints: seed=r"\d+", model="|".join(R.models), technique="|".join(R.techniques)
 RECORDS = [made("3_evaluate", model=m, technique=t, seed=s) for m in R.models for t in R.techniques for s in R.seeds]
+SWEEPS = [made("3b_sweep", model=m, seed=s) for m in R.models for s in R.seeds] if R.sweep.run and R.evaluation.quality else [] # random weights answer nothing
 
 rule all:
     input: made("4_results")
@@ -63,13 +64,22 @@ rule evaluate:
     # two at once; while one takes its times, the other waits for its turn (slm_study.studies.turn)
     input: sources("3_evaluate", "compression", "runtime", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
     output: f"{FOLDER}/{M}/seed{S}/{T}/record.json"
-    params: lambda w: R.hash("evaluation", "qlora", *{"pruning", "pruning_masked", "weight_sharing", "early_exit", "quantization", "combined"} & {w.technique})
+    params: lambda w: R.hash("evaluation", "qlora", w.technique) # a technique without settings of its own adds nothing
     log: f"{FOLDER}/notebooks/3_evaluate-{M}-{T}-seed{S}.ipynb"
     threads: HALF
     shell: f"{STEP} 3_evaluate {GIVEN} --model {{wildcards.model}} --technique {{wildcards.technique}} --seed {{wildcards.seed}}"
 
+rule sweep:
+    # points that are done stay in points.jsonl beside the output: a killed sweep goes on
+    input: sources("3b_sweep", "compression", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
+    output: f"{FOLDER}/{M}/seed{S}/sweep/sweep.json"
+    params: R.hash("sweep", "qlora", "pruning", "evaluation")
+    log: f"{FOLDER}/notebooks/3b_sweep-{M}-seed{S}.ipynb"
+    threads: HALF
+    shell: f"{STEP} 3b_sweep {GIVEN} --model {{wildcards.model}} --seed {{wildcards.seed}}"
+
 rule results:
-    input: sources("4_results", "report"), RECORDS
+    input: sources("4_results", "report"), RECORDS, SWEEPS
     output: made("4_results")
     params: R.hash()
     log: log_of("4_results")

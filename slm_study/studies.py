@@ -16,9 +16,10 @@ STEPS = {"1_curate": lambda run: run.corpus/"manifest.json",
          "0_pretrain": lambda run: run.pretrained/"slm_study.json",
          "2_finetune": lambda run: run.tuned/"slm_study.json",
          "3_evaluate": lambda run: run.folder/"record.json",
+         "3b_sweep": lambda run: run.tuned.parent/"sweep"/"sweep.json",
          "4_results": lambda run: run.figures/"records.csv"}
-NEEDS = {"1_curate": (), "0_pretrain": ("1_curate",), "2_finetune": ("0_pretrain",), "3_evaluate": ("2_finetune",), "4_results": ()}
-TAKES = {"1_curate": (), "0_pretrain": ("model",), "2_finetune": ("model", "seed"), "3_evaluate": ("model", "technique", "seed"), "4_results": ()}
+NEEDS = {"1_curate": (), "0_pretrain": ("1_curate",), "2_finetune": ("0_pretrain",), "3_evaluate": ("2_finetune",), "3b_sweep": ("2_finetune",), "4_results": ()}
+TAKES = {"1_curate": (), "0_pretrain": ("model",), "2_finetune": ("model", "seed"), "3_evaluate": ("model", "technique", "seed"), "3b_sweep": ("model", "seed"), "4_results": ()}
 
 def notebook_path(step:str) -> Path: # the study notebook
     return root()/"nbs"/"studies"/f"{step}.ipynb"
