@@ -162,11 +162,12 @@ class WeightSharing(_Part):
 
 class EarlyExit(_Part):
     "Stop at a layer whose confidence passes tau."
-    exits: tuple[Positive, ...] = (3, 6)  # after this many blocks
+    exits: tuple[Positive, ...] = (4, 6)  # after this many blocks
     tau: Annotated[float, Field(gt=0, le=1)] | None = None # None: calibrated on validation data
-    agreement: Annotated[float, Field(gt=0, le=1)] = 0.999 # of exits with the full model, when calibrated
-    steps: Positive = 200
-    lr: Annotated[float, Field(gt=0)] = 3e-3
+    loss_pct: Annotated[float, Field(ge=0, lt=100)] = 1.0 # of validation programs, right at full depth and not with exits (less those won), when calibrated
+    agreement: Annotated[float, Field(gt=0, le=1)] = 0.99 # of exits with the full model, at the least, when calibrated
+    steps: Positive = 100 # batches of exit training
+    lr: Annotated[float, Field(gt=0)] = 1e-2
 
 class Quantization(_Part):
     "Inner matrices in 4 or 8 bits; embedding and head stay as they are."
