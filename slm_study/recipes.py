@@ -188,7 +188,7 @@ class Sweep(_Part):
     "How much can be removed: points between the tuned model and nothing, each healed with as many tokens."
     run: bool = True             # is the sweep part of `make study`?
     ratios: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], AfterValidator(_unique)] = (0.1, 0.3, 0.5, 0.7) # of feed-forward channels
-    criteria: Annotated[tuple[Literal["norm", "activation", "random"], ...], AfterValidator(_unique)] = ("norm", "activation", "random") # random is the control
+    criteria: Annotated[tuple[Literal["norm", "activation", "random"], ...], AfterValidator(_unique)] = ("norm", "random", "activation") # random is the control
     healed: tuple[Literal["norm", "activation", "random"], ...] = ("norm", "random") # criteria whose points are healed as well, as pruning.heal says
     layers: tuple[Positive, ...] = (1, 2, 3, 4) # how many blocks are removed, by influence
     heads: bool = True           # remove half of the key-value groups (llama) or query heads (gpt_bigcode)
