@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Runner', 'rotate', 'LlamaRunner', 'BigCodeRunner', 'runner', 'attend', 'layer', 'new_cache', 'prefill', 'Decoded',
-           'choose', 'prompt_lengths', 'now']
+           'choose', 'prompt_lengths', 'end_tokens', 'now']
 
 # %% ../../nbs/30_compression/03_decoding.ipynb #56a4692c
 import time
@@ -176,7 +176,7 @@ def choose(
     u = torch.stack([uniform(generator[r], V) for r in rows]) if isinstance(generator, list) else uniform(generator, *logits.shape)
     return (logits.float()/temperature - (-u.clamp(1e-20).log()).log()).argmax(-1) # Gumbel: an exact sample
 
-# %% ../../nbs/30_compression/03_decoding.ipynb #a01b0f29
+# %% ../../nbs/30_compression/03_decoding.ipynb #39cc1bbb
 def prompt_lengths(
     run:Runner,
     valid:torch.Tensor,  # bool [rows, tokens], False = padding
@@ -189,6 +189,12 @@ def prompt_lengths(
     if int(lengths.max()) >= run.positions:
         raise StudyError(f"prompt: {int(lengths.max())} tokens leave no room in the model's {run.positions} positions; shorten it")
     return lengths
+
+def end_tokens(
+    eos_token_id:int|list[int]|None # None: nothing ends a row
+) -> set[int]:
+    "The tokens that end a row."
+    return set() if eos_token_id is None else {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
 
 def now(
     device:torch.device
