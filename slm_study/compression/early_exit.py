@@ -309,7 +309,7 @@ def calibrate_tau(
     good = table[table.exits_agree_pct >= 100*agreement]
     return (float(good.tau.iloc[0]) if len(good) else 1.), table
 
-# %% ../../nbs/30_compression/04_early_exit.ipynb #d002ec31
+# %% ../../nbs/30_compression/04_early_exit.ipynb #56112eca
 FREE_TAUS = (.999, .99, .97, .95, .9, .8, .7) # tried in free decoding, the strictest first
 
 def _written(model, rows, order, eos_token_id, max_new_tokens, batch_size, **exits):
@@ -349,7 +349,7 @@ def calibrate_programs(
         table.append((tau, pct*sum(still), lost, won, pct*sum(a != b for a, b in zip(full, early)), layers))
         if lost - won > loss_pct: break
         best = tau
-    return best, pd.DataFrame(table, columns=["tau", "right_pct", "lost_pct", "won_pct", "changed_pct", "free_layers_run_pct"])
+    return best, pd.DataFrame(table, columns=["tau", "right_pct", "lost_pct", "won_pct", "changed_pct", "free_layers_run_pct"], dtype=float)
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #cea0e42c
 def exit_macs(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 import torch
 from .audit import compare
-from .early_exit import calibrate_tau, save_exits, train_exits
+from .early_exit import FREE_TAUS, calibrate_programs, calibrate_tau, save_exits, train_exits
 from .healing import heal
 from .quantization import check_quantizable, quantize
 from .pruning import ffn_scores, kept_channels, prune_ffn, prune_masked, row_mask
@@ -55,9 +55,13 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     batches = lambda rs, n: _batches(tokenizer, rs, limit, recipe.qlora.batch_size, n, seed)
     heads = train_exits(model, batches(rows, s.steps), list(s.exits), s.steps, s.lr, seed)
     check = batches(validation, max(1, len(validation)//recipe.qlora.batch_size))
-    tau, table = calibrate_tau(model, heads, check, s.agreement)
+    floor, table = calibrate_tau(model, heads, check, s.agreement)
+    ids = lambda r: [[t for t, l in zip(r["input_ids"], r["labels"]) if (l == -100) == asked] for asked in (True, False)] # prompt, program
+    programs = [ids(r) for r in encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in validation], limit)]
+    tau, free = calibrate_programs(model, heads, programs, tokenizer.eos_token_id, s.loss_pct, taus=[t for t in FREE_TAUS if t >= floor])
+    table = table.merge(free, on="tau", how="left")
     save_checkpoint(model, tokenizer, out)
-    save_exits(out, heads, s.tau or tau, agreement=s.agreement, calibrated=s.tau is None)
+    save_exits(out, heads, s.tau or tau, loss_pct=s.loss_pct, agreement=s.agreement, calibrated=s.tau is None)
     table.to_json(out/"tau_sweep.json", orient="records", indent=1)
 
 # %% ../../nbs/30_compression/05_variants.ipynb #8d399bb6
