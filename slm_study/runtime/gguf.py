@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'BLOCK', 'half_turn_to_pairs', 'tensors', 'stored', 'vocabulary', 'export', 'full_precision', 'files']
 
 # %% ../../nbs/40_runtime/00_gguf.ipynb #123e2228
-import contextlib, json
+import contextlib, json, os
 from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ def export(
     gguf, path = _gguf(), Path(path)
     if type not in TYPES: raise StudyError(f"type: {type!r} is not one of {', '.join(TYPES)}")
     model, tokenizer = checkpoint if isinstance(checkpoint, tuple) else load_checkpoint(checkpoint)
-    temp = path.with_name(f".{path.name}.tmp")
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp") # two evaluations may export the same file at once
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
