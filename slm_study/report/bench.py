@@ -60,10 +60,11 @@ def make_rows(
 
 # %% ../../nbs/60_report/03_bench.ipynb #43778df2
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from slm_study.recipes import load_recipe
 from slm_study.curation.corpus import curate
+from slm_study.evaluation.arms import peak_mib
 folder, recipe = Path(sys.argv[1]), load_recipe("pocket")
 paths = {n: str(folder/f"{n}.jsonl") for n in ("scidocs", "astronomy", "science", "code")}
 data = recipe.data.model_copy(update=dict(sources=recipe.data.sources.model_copy(update=paths), pretrain_tasks=100, train_tasks=10, validation_tasks=10))
@@ -72,7 +73,7 @@ manifest = curate(recipe.model_copy(update=dict(data=data)), folder/"out", progr
 whole = time.perf_counter() - start
 from slm_study.curation.dedup import Repeats
 texts = [json.loads(l)["text"] for l in open(folder/"texts.jsonl")]
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+peak = peak_mib() # of this process: ru_maxrss would hold the parent's
 start = time.perf_counter()
 repeats = Repeats()
 dropped = sum(repeats.reason(t) is not None for t in texts)
