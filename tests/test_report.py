@@ -4,12 +4,12 @@ import pandas as pd
 import pytest
 
 from slm_study.recipes import TECHNIQUES, StudyError
-from slm_study.records import METRICS, write_csv
+from slm_study.records import METRICS, QUALITY, write_csv
 from slm_study.report.claims import VERDICTS, ledger, write_report
 from slm_study.report.figures import figure_1, figure_4a, figure_6a, figure_funnel, plt
-from slm_study.report.tables import made_up_records, table_1, table_2, table_all, table_notes
+from slm_study.report.tables import NO_QUALITY, made_up_records, table_1, table_2, table_all, table_notes
 
-TABLES = [f"{t}.{s}" for t in ("table_1", "table_2", "table_notes", "table_all", "table_splits", "table_vs_base", "table_device") for s in ("csv", "md", "tex")]
+TABLES = [f"{t}.{s}" for t in ("table_1", "table_2", "table_notes", "table_all", "table_splits", "table_vs_base", "table_aa", "table_device") for s in ("csv", "md", "tex")]
 FIGURES = [f"figure_{f}.{s}" for f in ("1", "2", "3", "4a", "4b", "5a", "5b", "6a", "6b", "quality_vs_time", "noise", "memory", "funnel") for s in ("svg", "png")]
 
 WITHOUT_TORCH = """
@@ -116,3 +116,11 @@ def test_masked_pruning_that_shrinks_nothing_is_contradicted():
 def test_figure_1_shows_the_manifest_or_the_plan():
     assert "plan" in figure_1().get_title(loc="left")
     plt.close("all")
+
+def test_a_study_that_wrote_no_programs_is_reported_with_its_reason(tmp_path):
+    "Random weights: times and memory alone; every other cell says why it is empty."
+    records = made_up_records()
+    write_report(records[~records.metric.isin(QUALITY)], tmp_path/"out")
+    device, all_of_it = (pd.read_csv(tmp_path/"out"/f"table_{t}.csv") for t in ("device", "all"))
+    assert set(device["accuracy_pct (%)"]) == {NO_QUALITY} and set(all_of_it["exec_pct (%)"]) == {NO_QUALITY}
+    assert not device["ms_per_token (ms)"].str.contains("missing|not measured").any()

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..records import Metric
 from ..curation.slots import fill_slots
-from ..curation.tasks import SPLITS, same_answer
+from ..curation.tasks import TEST_SPLITS, same_answer
 from .repair import parses, repair
 from .sandbox import Job, Outcome, Sandbox
 from .statistics import bootstrap_mean, wilson
@@ -133,7 +133,7 @@ def quality_metrics(
 )->list[Metric]: # of all prompts
     "The study's quality numbers; every denominator is the number of prompts."
     col = lambda k: [s[k] for s in samples]
-    splits = [(s, [x["correct"] for x in samples if x["split"] == s]) for s in SPLITS[2:]]
+    splits = [(s, [x["correct"] for x in samples if x["split"] == s]) for s in TEST_SPLITS]
     syntax = [not v for v in col("compiles_raw")]
     low, high = wilson(sum(syntax), len(samples))
     return [_rate("inference_success_pct", [s["stop_reason"] == "eos" and not s["empty"] for s in samples]),
