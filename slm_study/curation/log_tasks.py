@@ -76,6 +76,7 @@ def log_number_by(q):
     order the {gs} by {agg} {f}{w} and keep {n}""")
 def log_top_by(q):
     name, agg = say_aggregate(q, ("mean", "sum", "max", "median"))
+    q.reserve(3) # the program rounds to three digits
     n, (fields, lines) = q.few(), numbers(q, 0.3, True)
     rows, said = "rows" if len(lines) > 3 else "lines", q.says(q.group)
     return fields | dict(agg=agg.removesuffix(" of"), n=say_value(q.rng, n), g=said["f"], gs=said["fs"]), [*lines, f"groups = {extract(q.group, rows)}", f"print(values.groupby(groups).{name}().nlargest({n}).round(3))"]

@@ -311,6 +311,7 @@ def log_variety_hours(q):
     the {n} {fs} that stayed around longest{w}, in minutes
     over how many minutes do the {n} most lasting {fs} stretch{w}""")
 def log_active(q):
+    q.reserve(2) # the program rounds to two digits
     column, n = q.take("category"), q.few()
     w, lines, rows = line_filter(q, 0.3)
     return (q.says(column) | dict(w=w, n=say_value(q.rng, n)), [*read(q.file), *lines, f"groups = {extract(column, rows)}",
