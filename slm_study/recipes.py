@@ -125,6 +125,8 @@ class QLoRA(_Part):
     accumulate: Positive = 1   # parts that a step's rows are computed in
     max_length: Positive = 384
     checkpointing: bool = False # compute activations again in the backward pass: less memory, more time
+    new_share: Ratio = 0.       # of the rows at first: those of families that pretraining did not have; 0: as many as there are
+    new_until: Ratio = 0.       # part of the training that is "at first"; afterwards all families come evenly
     patience: Count = 3         # validation losses without a new best before training stops; 0: never
     only: dict[Literal[MODELS], dict] = {} # what is different for one model, such as {starcoder: {lr: 3e-4}}
 
