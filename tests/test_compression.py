@@ -9,8 +9,9 @@ from slm_study.compression.lossless import decode_lossless
 from slm_study.compression.pruning import ffn_scores, kept_channels, kept_width, mask_ffn, prune_ffn, prune_layers, prune_masked, prune_query_heads, query_head_scores, random_scores, row_masks
 from slm_study.compression.quantization import quantize
 from slm_study.compression.weight_sharing import share_embedding
+from slm_study.curation.corpus import held_out_tasks
 from slm_study.models import PAD, architecture, blocks, config_for, ffn, input_embedding, is_tied, lm_head, load_checkpoint, save_checkpoint
-from slm_study.recipes import Size, StudyError
+from slm_study.recipes import Size, StudyError, root
 
 SIZE = Size(hidden=64, layers=4, heads=4, kv_heads=2, ffn=128, positions=96)
 KINDS = [(m, t) for m in ("tinyllama", "starcoder") for t in (True, False)]
@@ -210,6 +211,78 @@ def test_lossless_is_greedy(model, tied, rows):
             assert got.tokens == decode(m, ids, mask, 40).tokens
             refused += sum(d.drafted - d.accepted for d in drafts)
     assert refused > 0
+
+TASKS, NEW = 200, 12 # test prompts, and tokens written to each
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [t.prompt for t in held_out_tasks(TASKS, 7, True)]
+
+@pytest.fixture(scope="module", params=("tinyllama", "starcoder"))
+def shipped(request, prompts):
+    "A base model that comes with the project, the prompts' ids, and its greedy text at batch 1."
+    before = torch.get_num_threads(); torch.set_num_threads(1)
+    model, tokenizer = load_checkpoint(root()/"bases"/request.param)
+    ids = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+    alone = [decode(model, torch.tensor([i]), None, NEW, tokenizer.eos_token_id).tokens[0] for i in ids]
+    torch.set_num_threads(before)
+    return model, tokenizer.eos_token_id, ids, alone
+
+def eights(ids):
+    "Left-padded batches of eight, prompts of like length together: which prompts, ids, mask."
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for some in (order[i:i+8] for i in range(0, len(order), 8)):
+        width = max(len(ids[i]) for i in some)
+        yield some, torch.tensor([[PAD]*(width - len(ids[i])) + ids[i] for i in some]), torch.tensor([[0]*(width - len(ids[i])) + [1]*len(ids[i]) for i in some])
+
+def eight_at_once(ids, write):
+    "Each prompt's tokens, written by `write(ids, mask)` in batches of eight."
+    out = [None]*len(ids)
+    for some, batch, mask in eights(ids):
+        for i, tokens in zip(some, write(batch, mask)): out[i] = tokens
+    return out
+
+def ties(model, ids, ours, theirs, allowed=2e-4):
+    "Where two greedy texts part: nowhere, or where the two tokens' logits are equal up to rounding. The gap at each such place."
+    gaps = []
+    for prompt, a, b in zip(ids, ours, theirs):
+        if a == b: continue
+        at = next(i for i in range(max(len(a), len(b))) if a[i:i+1] != b[i:i+1])
+        assert at < min(len(a), len(b)), "one text goes on where the other has ended"
+        with torch.no_grad(): z = model(torch.tensor([prompt + a[:at]])).logits[0,-1]
+        gap = abs(float(z[a[at]] - z[b[at]]))
+        assert gap < allowed and z.max() - z[a[at]] < allowed, f"{a[at]} against {b[at]}: logits {gap} apart"
+        gaps.append(gap)
+    print(f"{len(gaps)} of {len(ids)} texts part at a tie, gaps {gaps}")
+    assert len(gaps) <= .02*len(ids)
+    return gaps
+
+def generated(model, eos, ids, mask):
+    "What transformers' greedy generate writes after each prompt, to the end token."
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, eos_token_id=eos)[:,ids.shape[1]:].tolist()
+    return [row[:row.index(eos)+1] if eos in row else row for row in out]
+
+def test_full_depth_on_200_prompts(shipped):
+    "tau = 1 is full depth, alone and in batches of eight; and full depth is what transformers generates, alone and in batches of eight."
+    model, eos, ids, alone = shipped
+    assert len(ids) == TASKS and len({tuple(t) for t in alone}) > 10
+    heads = ExitHeads.of(model, [2, 4])
+    assert [decode(model, torch.tensor([i]), None, NEW, eos, heads, 1.).tokens[0] for i in ids] == alone
+    together = eight_at_once(ids, lambda batch, mask: decode(model, batch, mask, NEW, eos).tokens)
+    assert eight_at_once(ids, lambda batch, mask: decode(model, batch, mask, NEW, eos, heads, 1.).tokens) == together
+    ties(model, ids, together, alone)
+    ties(model, ids, alone, [generated(model, eos, torch.tensor([i]), torch.ones(1, len(i), dtype=torch.long))[0] for i in ids])
+    ties(model, ids, together, eight_at_once(ids, lambda batch, mask: generated(model, eos, batch, mask)))
+
+def test_lossless_on_200_prompts(shipped):
+    "Drafts of an untrained exit, taken at a low threshold: many are refused, many accepted, and all 200 texts are greedy decoding's."
+    model, eos, ids, alone = shipped
+    heads, same, drafted, accepted = ExitHeads.of(model, [6]), [], 0, 0
+    for prompt, greedy in zip(ids, alone):
+        got, (d,) = decode_lossless(model, torch.tensor([prompt]), None, NEW, eos, heads, tau=.3, draft=6)
+        same.append(got.tokens[0]); drafted += d.drafted; accepted += d.accepted
+    assert not ties(model, ids, same, alone) and same == alone
+    assert 0 < accepted < drafted
 
 @pytest.mark.parametrize("heads", (1, 3))
 @pytest.mark.parametrize("tied", (True, False))
