@@ -12,59 +12,34 @@ import re
 
 from .sources import SOURCES, load_source
 
-# %% ../../nbs/10_curation/07b_variation.ipynb #e1d1c03a
-THESAURUS = tuple(tuple(line.split(" | ")) for line in """
-how many | what number of | the number of | count of | the count of | how large is the number of
-count | tally | number of | total up | enumerate | tell me how many
-average | mean | on average
-total | sum | overall sum of | added up | altogether | combined
-largest | biggest | highest | maximum | greatest | top | peak | max
-smallest | lowest | minimum | least | tiniest | min | bottom
-first | earliest | initial | opening
-last | latest | final | most recent
-most frequent | most common | commonest | most often seen | dominant | most repeated
-rows | records | entries | lines | observations | samples | measurements | items | events
-show | print | give me | list | display | output | report | return | find | tell me | let me see | write out | provide
-what is | what's | which is | find | compute | calculate | determine | work out | give | tell me | I need | I want
-per | for each | for every | grouped by | broken down by | split by | in each | across | within each
-where | with | whose | having | for which | in which | such that | that have
-above | over | greater than | more than | exceeding | higher than | beyond | larger than
-below | under | less than | lower than | smaller than | fewer than | short of
-share | proportion | portion | fraction
-percentage | percent | per cent
-different | distinct | unique | separate | individual
-simulate | generate | model | draw | run a simulation of | make | create | produce
-plot | chart | graph | visualise | make a picture of | sketch
-save | store | write | put | keep
-compare | contrast | set side by side | relate
-between | in the range of | within | among
-correlation | association | relationship | dependence | link
-missing | absent | empty | lost | not there | null | blank
-hour | hourly | hours
-day | daily | date | days
-occurs | appears | comes up | shows up | is seen | is found | happens
-longest | largest | greatest | maximal | widest
-shortest | smallest | minimal | briefest
-time | moment | timestamp | when
-fit | estimate | recover | infer | determine
-value | values | reading | figure | number
-starting | beginning | initially | at first | that starts
-after | following | once past | later than
-before | prior to | earlier than | ahead of
-noise | scatter | error | jitter | random disturbance
-steps | iterations | rounds
-seed | random seed | random state | rng seed
-probability | chance | odds | likelihood
-distance | separation | range
-speed | velocity
-gap | pause | break | silence | interruption
-sort | order | rank | arrange
-group | class | category | cluster | kind
-message | text | note
-difference | change | discrepancy
-both | the two | each of the two | either file
-only | just | solely | nothing but
-""".strip().split("\n"))
+# %% ../../nbs/10_curation/07b_variation.ipynb #f9848d75
+THESAURUS = tuple(tuple(group.split(" | ")) for group in """
+how many | what number of | the number of | count of | the count of | how large is the number of ; count | tally | number of | total up | enumerate | tell me how many
+average | mean | on average ; total | sum | overall sum of | added up | altogether | combined
+largest | biggest | highest | maximum | greatest | top | peak | max ; smallest | lowest | minimum | least | tiniest | min | bottom
+first | earliest | initial | opening ; last | latest | final | most recent
+most frequent | most common | commonest | most often seen | dominant | most repeated ; rows | records | entries | lines | observations | samples | measurements | items | events
+show | print | give me | list | display | output | report | return | find | tell me | let me see | write out | provide ; what is | what's | which is | find | compute | calculate | determine | work out | give | tell me | I need | I want
+per | for each | for every | grouped by | broken down by | split by | in each | across | within each ; where | with | whose | having | for which | in which | such that | that have
+above | over | greater than | more than | exceeding | higher than | beyond | larger than ; below | under | less than | lower than | smaller than | fewer than | short of
+share | proportion | portion | fraction ; percentage | percent | per cent
+different | distinct | unique | separate | individual ; simulate | generate | model | draw | run a simulation of | make | create | produce
+plot | chart | graph | visualise | make a picture of | sketch ; save | store | write | put | keep
+compare | contrast | set side by side | relate ; between | in the range of | within | among
+correlation | association | relationship | dependence | link ; missing | absent | empty | lost | not there | null | blank
+hour | hourly | hours ; day | daily | date | days
+occurs | appears | comes up | shows up | is seen | is found | happens ; longest | largest | greatest | maximal | widest
+shortest | smallest | minimal | briefest ; time | moment | timestamp | when
+fit | estimate | recover | infer | determine ; value | values | reading | figure | number
+starting | beginning | initially | at first | that starts ; after | following | once past | later than
+before | prior to | earlier than | ahead of ; noise | scatter | error | jitter | random disturbance
+steps | iterations | rounds ; seed | random seed | random state | rng seed
+probability | chance | odds | likelihood ; distance | separation | range
+speed | velocity ; gap | pause | break | silence | interruption
+sort | order | rank | arrange ; group | class | category | cluster | kind
+message | text | note ; difference | change | discrepancy
+both | the two | each of the two | either file ; only | just | solely | nothing but
+""".strip().replace(" ; ", "\n").split("\n"))
 _OTHERS = {w: [x for x in group if x != w] for group in reversed(THESAURUS) for w in group}
 _KNOWN = re.compile(r"(?<!\w)(" + "|".join(sorted(map(re.escape, _OTHERS), key=len, reverse=True)) + r")(?!\w)")
 
@@ -73,7 +48,7 @@ def synonyms(
     text:str, # a request
     p:float=0.5, # chance of each known word to be exchanged
 )-> str: # the same in other words
-    "Exchange words for others of the same line of `THESAURUS`."
+    "Exchange words for others of the same group of `THESAURUS`."
     return _KNOWN.sub(lambda m: rng.choice(_OTHERS[m[0]]) if rng.random() < p else m[0], text)
 
 # %% ../../nbs/10_curation/07b_variation.ipynb #63f1efff
