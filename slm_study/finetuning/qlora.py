@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
-from .adapters import add_adapters, check_memory, fuse_adapters, lean_loss, load_4bit, needed_mib
+from .adapters import add_adapters, check_memory, fuse_adapters, give_back, lean_loss, load_4bit, needed_mib
 from .pretrain import collate, encode_all, read_rows, run_trainer
 from ..models import architecture, load_checkpoint, save_checkpoint
 from ..recipes import QLoRA, Run, StudyError
@@ -25,7 +25,8 @@ def quantised_with_adapters(
 ) -> PeftModel: # ready to train
     "Algorithm 1, lines 1 to 3."
     model = load_4bit(checkpoint, settings.double_quant, settings.compute)      # 1, 2: theta_4bit <- Q_NF4(theta_base)
-    net = fuse_adapters(add_adapters(model, settings, seed))                    # 3: W + (alpha/r) B A
+    net = fuse_adapters(add_adapters(model, settings, seed), 0 if settings.checkpointing else 256) # 3: W + (alpha/r) B A
+    if settings.checkpointing: give_back(2**18)
     return lean_loss(net) if settings.checkpointing else net
 
 # %% ../../nbs/20_finetuning/01_qlora.ipynb #5472230f
@@ -67,7 +68,7 @@ def merge_gap(
     return dict(logit_difference=(a-b).abs().mean().item(), logit_spread=b.std().item(), same_choice=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
                 loss_4bit=x.loss.item(), loss_merged=y.loss.item())
 
-# %% ../../nbs/20_finetuning/01_qlora.ipynb #f2219527
+# %% ../../nbs/20_finetuning/01_qlora.ipynb #7a62c9f6
 NAMES = {"llama": "tinyllama", "gpt_bigcode": "starcoder"} # of architectures, in recipes
 
 def _prepared(checkpoint, rows, settings, name):
@@ -84,6 +85,11 @@ def _prepared(checkpoint, rows, settings, name):
     check_memory(needed_mib(config, settings, max(1, settings.batch_size//parts), max(r["length"] for r in encoded)), name)
     return tokenizer, settings, encoded, limit
 
+def _as_it_came(checkpoint, tokenizer, settings, out, seed):
+    "No tokens, no tuning: the base in 32 bits, where a tuned model would stand."
+    save_checkpoint(load_checkpoint(checkpoint)[0], tokenizer, out, dict(made_by="finetune", base=Path(checkpoint).name, seed=seed, tokens=0, settings=settings.model_dump(mode="json"), log=[]))
+    return []
+
 def finetune(
     checkpoint:str|Path,       # plain transformers folder to start from
     rows:list[dict],           # prompt, completion
@@ -96,6 +102,7 @@ def finetune(
 ) -> list[dict]: # the log: step, loss, eval_loss
     "Algorithm 1 from a checkpoint to a merged checkpoint; picks up where it was killed."
     tokenizer, settings, encoded, limit = _prepared(checkpoint, rows, settings, name)
+    if not (tokens or settings.epochs or settings.tokens): return _as_it_came(checkpoint, tokenizer, settings, out, seed)
     check = training_rows(tokenizer, validation, limit) if validation else None
     net = quantised_with_adapters(checkpoint, settings, seed)
     stop = bool(check) and settings.patience > 0
