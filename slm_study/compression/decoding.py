@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Runner', 'rotate', 'LlamaRunner', 'BigCodeRunner', 'runner', 'attend', 'layer', 'new_cache', 'prefill', 'Decoded',
-           'choose', 'prompt_lengths', 'end_tokens', 'now']
+           'choose', 'prompt_lengths', 'end_tokens', 'check_exits', 'now']
 
 # %% ../../nbs/30_compression/03_decoding.ipynb #56a4692c
 import time
@@ -176,7 +176,7 @@ def choose(
     u = torch.stack([uniform(generator[r], V) for r in rows]) if isinstance(generator, list) else uniform(generator, *logits.shape)
     return (logits.float()/temperature - (-u.clamp(1e-20).log()).log()).argmax(-1) # Gumbel: an exact sample
 
-# %% ../../nbs/30_compression/03_decoding.ipynb #39cc1bbb
+# %% ../../nbs/30_compression/03_decoding.ipynb #6aaf62c3
 def prompt_lengths(
     run:Runner,
     valid:torch.Tensor,  # bool [rows, tokens], False = padding
@@ -195,6 +195,20 @@ def end_tokens(
 ) -> set[int]:
     "The tokens that end a row."
     return set() if eos_token_id is None else {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+
+def check_exits(
+    run:Runner,
+    exits,                      # heads of early exit, or None
+    tau:float|list[float]|None, # one threshold, or one per new token
+    new:int                     # new tokens
+):
+    "`StudyError` where heads and model, or heads and tau, do not go together."
+    if exits is not None and (exits.layers, exits.hidden) != (run.layers, run.hidden):
+        raise StudyError(f"exits: made for {exits.layers} layers of width {exits.hidden}, the model has {run.layers} of {run.hidden}; train them for this model")
+    for t in [] if tau is None else tau if isinstance(tau, (list, tuple)) else [tau]:
+        if not 0 < t <= 1: raise StudyError(f"tau: {t} is not in (0, 1]; 1 never exits")
+    if isinstance(tau, (list, tuple)) and len(tau) < new: raise StudyError(f"tau: {len(tau)} thresholds for {new} new tokens; give one per token, or a single number")
+    if tau is not None and tau != 1 and exits is None: raise StudyError("exits: tau is given but no exit heads; pass ExitHeads.of(model, [layers]) or leave tau out")
 
 def now(
     device:torch.device

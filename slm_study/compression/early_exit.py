@@ -6,7 +6,7 @@
 __all__ = ['TAUS', 'FREE_TAUS', 'ExitHeads', 'decode', 'decode_uncached', 'train_exits', 'exit_statistics', 'tau_table',
            'calibrate_tau', 'calibrate_programs', 'exit_macs', 'save_exits', 'load_exits']
 
-# %% ../../nbs/30_compression/04_early_exit.ipynb #de3762ab
+# %% ../../nbs/30_compression/04_early_exit.ipynb #abef6c90
 import copy, itertools, json, random
 from collections import deque
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..recipes import StudyError
 from ..records import atomic_write
 from ..models import blocks, final_norm, lm_head
-from .decoding import Decoded, LlamaRunner, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rotate, runner
+from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rotate, runner
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #6fc820ef
 class ExitHeads(nn.Module):
@@ -121,20 +121,7 @@ def _step(run, ids, positions, cache, column, mask, heads, tau, fold):
     logits[rows] = z
     return logits, depth
 
-# %% ../../nbs/30_compression/04_early_exit.ipynb #bae012a0
-#| export
-
-# %% ../../nbs/30_compression/04_early_exit.ipynb #75a90c91
-def _check_exits(run, exits, tau, new):
-    "`StudyError` where heads and model, or heads and tau, do not go together."
-    if exits is not None and (exits.layers, exits.hidden) != (run.layers, run.hidden):
-        raise StudyError(f"exits: made for {exits.layers} layers of width {exits.hidden}, the model has {run.layers} of {run.hidden}; train them for this model")
-    for t in [] if tau is None else tau if isinstance(tau, (list, tuple)) else [tau]:
-        if not 0 < t <= 1: raise StudyError(f"tau: {t} is not in (0, 1]; 1 never exits")
-    if isinstance(tau, (list, tuple)) and len(tau) < new: raise StudyError(f"tau: {len(tau)} thresholds for {new} new tokens; give one per token, or a single number")
-    if tau is not None and tau != 1 and exits is None: raise StudyError("exits: tau is given but no exit heads; pass ExitHeads.of(model, [layers]) or leave tau out")
-
-# %% ../../nbs/30_compression/04_early_exit.ipynb #4fd4eb7d
+# %% ../../nbs/30_compression/04_early_exit.ipynb #c8667c96
 @torch.inference_mode()
 def decode(
     model:PreTrainedModel,                # llama or gpt_bigcode, in eval mode
@@ -154,7 +141,7 @@ def decode(
     n, T = input_ids.shape
     valid = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
     lengths = prompt_lengths(run, valid, max_new_tokens)
-    _check_exits(run, exits, tau, max_new_tokens)
+    check_exits(run, exits, tau, max_new_tokens)
     room = [min(max_new_tokens, run.positions - l) for l in lengths.tolist()]
     ends = end_tokens(None if ignore_eos else eos_token_id)
     if tau is None or tau == 1: exits = None
