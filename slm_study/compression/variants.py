@@ -87,7 +87,7 @@ def _cut(technique, recipe:Recipe, tuned:Path, rows, out:Path, seed:int):
 
 def _with_names(rows:list[dict]) -> list[dict]: # prompt, completion
     "The same pairs with real names in the place of slots."
-    return [dict(prompt=r["plain_prompt"], completion=r["plain_completion"]) for r in rows]
+    return [dict(prompt=r["plain_prompt"], completion=r["plain_completion"], new=r.get("new", False)) for r in rows]
 
 def _make(technique, recipe:Recipe, start:Path, rows, validation, out:Path, seed:int):
     "Make one variant from the checkpoint it starts from."
