@@ -127,7 +127,8 @@ def serve(spec_file:str):
         spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
         arm = {"torch": TorchArm, "llama.cpp": LlamaCppArm}[spec["backend"]](spec)
         for i in range(2): arm.run([spec["prompts"][i % len(spec["prompts"])]], min(8, spec["fixed_tokens"]), True) # warm-up
-        gc.collect(); reset_peak()
+        gc.collect()
+        if not spec.get("keep_peak"): reset_peak()
         print(json.dumps(dict(ready=True, sizes=arm.sizes)), file=answers)
         for line in sys.stdin: print(json.dumps(work(arm, **json.loads(line))), file=answers)
     except StudyError as e: sys.exit(str(e))
@@ -136,7 +137,7 @@ def serve(spec_file:str):
 class Arm:
     "The parent's end of an arm."
     def __init__(self,
-        spec:dict # backend, path, prompts (token ids), eos, max_new_tokens, fixed_tokens, threads, batch; early_exit and prepare for torch, kv_bytes for llama.cpp
+        spec:dict # backend, path, prompts (token ids), eos, max_new_tokens, fixed_tokens, threads, batch; early_exit and prepare for torch, kv_bytes for llama.cpp; keep_peak: its peak counts from the start
     ):
         self.spec, self.said, self.file = spec, tempfile.TemporaryFile("w+"), tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8")
         json.dump(spec, self.file); self.file.flush()
