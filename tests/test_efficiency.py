@@ -4,13 +4,14 @@ from contextlib import ExitStack
 import pytest, torch
 from transformers import AutoModelForCausalLM
 
-from slm_study.recipes import Size, StudyError
-from slm_study.records import METRICS, tidy
+from slm_study.recipes import Run, Size, StudyError
+from slm_study.records import METRICS, Metric, tidy, write_record
 from slm_study.models import config_for, save_checkpoint
 from slm_study.finetuning.pretrain import train_tokenizer
 from slm_study.evaluation.arms import Arm, TorchArm, work
+from slm_study.evaluation.budget import LIMITS, Watch, held, prove
 from slm_study.evaluation.efficiency import encode, in_turns, measure, summarise
-from slm_study.report.comparisons import remarks
+from slm_study.report.comparisons import budget_note, collect_outcomes, remarks, table_budget
 from slm_study.runtime.gguf import export
 
 PROMPTS = [f"print(df['amount'].mean() + {'1'*i})" for i in range(1, 5)]
@@ -156,3 +157,55 @@ os.kill(os.getpid(), signal.SIGKILL)"""
         if "Z" in next(l for l in open(f"/proc/{pid}/status") if l.startswith("State")): return
         time.sleep(.1)
     raise AssertionError("the arm outlived its parent")
+
+def takes(mib): return subprocess.Popen([sys.executable, "-c", f"x = bytearray({mib} << 20); print(len(x), flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+@pytest.mark.parametrize("limit, lives", [(256, False), (512, True)])
+def test_a_watch_kills_over_its_limit_and_only_then(limit, lives):
+    with takes(300) as process, Watch(process, limit) as watch:
+        said = process.stdout.readline() # empty where it was killed before it could write
+        if lives: process.stdin.write(b"\n"); process.stdin.flush()
+        assert process.wait() == (0 if lives else -9)
+    assert watch.passed is not lives and (300 < watch.peak_mib < 400 if lives else watch.peak_mib > 256)
+
+def test_a_childs_memory_counts_with_its_parents():
+    "A variant cannot hide its memory in a process of its own."
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; x = bytearray(300 << 20); time.sleep(2)'])"
+    with subprocess.Popen([sys.executable, "-c", code]) as process, Watch(process, 256) as watch:
+        assert process.wait() == -9
+    assert watch.passed and watch.peak_mib > 256
+
+@pytest.fixture(scope="module")
+def q8(base, tmp_path_factory): return export(base, tmp_path_factory.mktemp("gguf")/"m.gguf", "q8_0")
+
+def test_every_backend_is_run_under_its_limits(base, q8):
+    rows = {(r["backend"], r["limit_mib"]): r for r in prove({"torch": base, "llama.cpp": q8}, encode(base, PROMPTS)[0], tokens=8)}
+    assert len(rows) == 2*len(LIMITS) and all("20 ms, one core" in r["held_by"] for r in rows.values())
+    assert rows["torch", 256]["fits"] is False and rows["torch", 2048]["fits"] and all(rows["llama.cpp", l]["fits"] for l in LIMITS) # interpreter and PyTorch alone pass 256 MiB
+    assert 256 < rows["torch", 2048]["peak_mib"] < 2048 and rows["llama.cpp", 256]["peak_mib"] < 256
+    for backend in ("torch", "llama.cpp"): # what fits, fits with more memory
+        fits = [rows[backend, l]["fits"] for l in LIMITS]
+        assert fits == sorted(fits)
+    json.dumps(list(rows.values()))
+
+def test_an_error_under_a_limit_is_not_a_lack_of_memory(q8, tmp_path):
+    torn = tmp_path/"torn.gguf"
+    torn.write_bytes(q8.read_bytes()[:2000])
+    rows = prove({"llama.cpp": torn}, [[5, 6], [7]], tokens=4)
+    assert {r["fits"] for r in rows} == {None} and all("torn.gguf" in r["note"] for r in rows)
+
+def test_a_run_that_another_killed_is_not_over_its_limit(q8, monkeypatch):
+    from slm_study.evaluation import budget
+    real = budget.Arm.work
+    monkeypatch.setattr(budget.Arm, "work", lambda self, *a: (self.process.kill(), real(self, *a))[1])
+    got = held(dict(backend="llama.cpp", path=str(q8), prompts=[[5, 6]]*2, eos=None, max_new_tokens=4, fixed_tokens=4, batch=2, kv_bytes=0), 512)
+    assert got["fits"] is None and "killed by signal 9" in got["note"]
+
+def test_a_budget_goes_from_record_to_table(tmp_path):
+    run = Run("smoke", "tinyllama", "base", 0, str(tmp_path))
+    proofs = [dict(backend="torch", limit_mib=l, fits=l > 512, peak_mib=600., held_by="a watch", note="") for l in LIMITS]
+    write_record(run.folder/"record.json", run, [Metric("disk_mib", 8.)], dict(budget=proofs))
+    got = collect_outcomes(tmp_path)["budget"]
+    table = table_budget(tidy([dict(recipe="smoke", model="tinyllama", technique="base", seed=0, metric="disk_mib", value=8., low=None, high=None, n=None, unit="MiB", backend="torch")]), got).set_index("Backend")
+    assert table.loc["torch", [f"{l} MiB" for l in LIMITS]].tolist() == ["no", "no", "yes", "yes"] and table.loc["torch", "Peak (MiB)"] == "600"
+    assert set(table.loc["llama.cpp-q4_0", [f"{l} MiB" for l in LIMITS]]) == {"not measured"} and "a watch" in budget_note(got)
