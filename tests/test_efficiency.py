@@ -209,3 +209,19 @@ def test_a_budget_goes_from_record_to_table(tmp_path):
     table = table_budget(tidy([dict(recipe="smoke", model="tinyllama", technique="base", seed=0, metric="disk_mib", value=8., low=None, high=None, n=None, unit="MiB", backend="torch")]), got).set_index("Backend")
     assert table.loc["torch", [f"{l} MiB" for l in LIMITS]].tolist() == ["no", "no", "yes", "yes"] and table.loc["torch", "Peak (MiB)"] == "600"
     assert set(table.loc["llama.cpp-q4_0", [f"{l} MiB" for l in LIMITS]]) == {"not measured"} and "a watch" in budget_note(got)
+
+
+def test_energy_is_the_variants_own(tmp_path):
+    "Counters are read around every run: each arm gets what it used, and a table says why there is nothing without one."
+    from slm_study.evaluation.energy import counters
+    from slm_study.evaluation.efficiency import in_turns
+    zone = tmp_path/"intel-rapl:0"; zone.mkdir()
+    (zone/"energy_uj").write_text("950000"); (zone/"max_energy_range_uj").write_text("1000000")
+    class Uses:
+        def __init__(self, uj): self.uj = uj
+        def work(self, kind, i):
+            (zone/"energy_uj").write_text(str((int((zone/"energy_uj").read_text()) + self.uj) % 1_000_000))
+            return dict(ms_per_token=1., prefill_ms=1.)
+    got = in_turns(dict(variant=Uses(30_000), base=Uses(70_000)), "fixed", 5, zones=counters(tmp_path))
+    assert {round(r["energy_j"], 6) for r in got["variant"]} == {.03} and {round(r["energy_j"], 6) for r in got["base"]} == {.07}
+    assert "energy_j" not in in_turns(dict(variant=Uses(1)), "fixed", 1, zones=counters(tmp_path/"none"))["variant"][0]

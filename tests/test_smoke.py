@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from slm_study.report.tables import NOT_FOR
-from slm_study.records import BACKENDS, METRICS, collect, read_csv
+from slm_study.records import BACKENDS, METRICS, OPTIONAL, collect, read_csv
 from slm_study.recipes import MODELS, TECHNIQUES, Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def test_every_cell_has_its_metrics(study):
     records = read_csv(out/"figures"/"records.csv")
     assert {(m, t) for m, t in zip(records.model, records.technique)} == {(m, t) for m in MODELS for t in TECHNIQUES}
     for key, group in records.groupby(["model", "technique", "backend"]):
-        wanted = {m for m in METRICS if m not in NOT_FOR or not NOT_FOR[m](*key[1:])}
+        wanted = {m for m in METRICS if m not in OPTIONAL and (m not in NOT_FOR or not NOT_FOR[m](*key[1:]))}
         assert wanted <= set(group.metric), f"{key} lacks {wanted-set(group.metric)}"
     assert {(m, t, b) for m, t, b in zip(records.model, records.technique, records.backend)} == {(m, t, b) for m in MODELS for t in TECHNIQUES for b in BACKENDS}
     assert np.isfinite(records.value).all() and not records.duplicated(["model", "technique", "seed", "metric", "backend"]).any()

@@ -14,6 +14,7 @@ import numpy as np
 from ..recipes import StudyError
 from ..records import Metric
 from .arms import Arm
+from .energy import counters, joules, read_uj
 from .statistics import bootstrap_mean, bootstrap_median, bootstrap_ratio
 
 # %% ../../nbs/50_evaluation/05_efficiency.ipynb #7eb9d216
@@ -55,12 +56,16 @@ def in_turns(
     arms:dict[str, Arm], # by name
     kind:str,            # fixed or batch
     rounds:int,          # runs of each arm
-    seed:int=0           # of the order
+    seed:int=0,          # of the order
+    zones:list=()        # energy counters to read around every run, of `counters`
 ) -> dict[str, list[dict]]: # per arm a result per round
     "Let arms do the same work, one after the other, in every round."
     rng, out = np.random.default_rng(seed), {name: [] for name in arms}
     for i in range(rounds):
-        for name in rng.permutation(list(arms)): out[name].append(arms[name].work(kind, i))
+        for name in rng.permutation(list(arms)):
+            before = read_uj(zones)
+            out[name].append(arms[name].work(kind, i))
+            if zones: out[name][-1]["energy_j"] = joules(zones, before, read_uj(zones))
     return out
 
 def ratios(
@@ -99,7 +104,7 @@ def measure(
     with ExitStack() as stack:
         arms = {k: stack.enter_context(Arm(s)) for k, s in specs.items()}
         sizes = {k: a.ready() for k, a in arms.items()}["variant"]
-        fixed, v = in_turns(arms, "fixed", repeats), arms["variant"]
+        fixed, v = in_turns(arms, "fixed", repeats, zones=counters()), arms["variant"]
         free = [v.work("free", i) for i in range(len(prompts))]
         raw = dict(backend=backend, early_exit=bool(specs["variant"]["early_exit"]), settings={k: common[k] for k in ("max_new_tokens", "fixed_tokens", "threads", "batch")}, sizes=sizes, fixed=fixed, memory=v.work("memory"),
                    free=[dict(success=s["stop_reason"] == "eos" and bool(text(s.pop("tokens")).strip()), **s) for s in free], batch=[v.work("batch", i) for i in range(max(2, repeats//5))])
@@ -125,4 +130,6 @@ def summarise(
            median("ms_per_token_batch8", [r["ms_per_token"] for r in raw["batch"]]), mean("new_tokens", [s["new_tokens"] for s in free]),
            Metric("throughput_samples_s", sum(success)/sum(seconds), *bootstrap_ratio(success, seconds), n=len(free), backend=B),
            *(Metric(k, v, n=1, backend=B) for k, v in _memory(raw["memory"]).items())]
+    energy = [1e3*r["energy_j"]/raw["settings"]["fixed_tokens"] for r in fixed["variant"] if "energy_j" in r]
+    if energy: out.append(mean("energy_mj_per_token", energy))
     return out + ([mean("layers_run_pct", [s["layers_pct"] for s in free])] if raw["early_exit"] else [])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, StudyError
-from ..records import BACKENDS, METRICS, QUALITY, atomic_write, check_records
+from ..records import BACKENDS, METRICS, OPTIONAL, QUALITY, atomic_write, check_records
 
 # %% ../../nbs/60_report/00_tables.ipynb #e957fa6d
 _PRINTED = {
@@ -106,7 +106,8 @@ def why_empty(
     records:pd.DataFrame, # columns of records.csv
     metric:str            # what is not there
 ) -> str: # a cell's text
-    "Why a cell is empty: the study measured no programs at all, as with random weights, or this number is missing."
+    "Why a cell is empty: the study measured no programs at all, as with random weights, the machine has no counter, or this number is missing."
+    if metric in OPTIONAL and not (records.metric == metric).any(): return OPTIONAL[metric]
     return NO_QUALITY if metric in QUALITY and len(records) and not records.metric.isin(QUALITY).any() else MISSING
 
 def _decimals(x, unit):
