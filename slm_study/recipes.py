@@ -120,6 +120,7 @@ class QLoRA(_Part):
     warmup_ratio: Ratio = 0.1
     grad_norm: Annotated[float, Field(gt=0)] = 1.0
     tokens: Count = 600_000    # 0, and no epochs: no tuning, `base` is the model as it came
+    merge_into: Literal["nf4", "base"] = "nf4" # the weights that adapters are added to: as rounded in training, or as they were
     epochs: Count = 0          # passes over the rows; 0: `tokens` decides
     batch_size: Positive = 16  # rows of an optimizer step
     accumulate: Positive = 1   # parts that a step's rows are computed in

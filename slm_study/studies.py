@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'NEEDS', 'TAKES', 'notebook_path', 'executed_path', 'papermill_command', 'execute', 'need', 'turn',
-           'evaluation_mib', 'room', 'main']
+           'give_way', 'evaluation_mib', 'room', 'main']
 
 # %% ../nbs/03_studies.ipynb #f21c6dc8
 import argparse, contextlib, os, subprocess, sys, time
@@ -81,6 +81,16 @@ def need(
         execute(run, before)
 
 # %% ../nbs/03_studies.ipynb #e9b3ea26
+try: import fcntl
+except ImportError: fcntl = None # Windows has no such lock: use one core there
+
+def _take(place, door, alone=False):
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    fcntl.flock(door, kind); fcntl.flock(place, kind)
+    fcntl.flock(door, fcntl.LOCK_UN)
+
+_beside = [] # the turns that this process has beside others: two open files each
+
 @contextlib.contextmanager
 def turn(
     run:Run,
@@ -88,12 +98,25 @@ def turn(
 ):
     "Compute beside other runs of a study, or alone."
     run.out.mkdir(parents=True, exist_ok=True)
-    with open(run.out/".turn", "a+") as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-        except ImportError: pass # Windows has no such lock: use one core there
-        yield
+    with open(run.out/".turn", "a+") as place, open(run.out/".door", "a+") as door:
+        if fcntl: _take(place, door, alone)
+        mine = [] if alone else [(place, door)]
+        _beside.extend(mine)
+        try: yield
+        finally:
+            for m in mine: _beside.remove(m)
+
+def _somebody_waits(door):
+    try: fcntl.flock(door, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError: return True
+    fcntl.flock(door, fcntl.LOCK_UN)
+    return False
+
+def give_way():
+    "In the middle of a turn: if another run waits to be alone, let it, and go on afterwards."
+    if not (fcntl and any(_somebody_waits(door) for _, door in _beside)): return
+    for place, _ in _beside: fcntl.flock(place, fcntl.LOCK_UN)
+    for place, door in _beside: _take(place, door)
 
 # %% ../nbs/03_studies.ipynb #899022d4
 def evaluation_mib(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 from ..recipes import StudyError
 from ..records import atomic_write
+from ..studies import give_way
 from ..models import blocks, final_norm, lm_head
 from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rotate, runner
 
@@ -234,6 +235,7 @@ def train_exits(
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=0.)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps*passes)
     for batch in itertools.islice(batches, steps):
+        give_way()
         states, last = _states(model, batch, heads.exits)
         if not len(last): continue
         recent.append((states, last))
@@ -307,6 +309,7 @@ def _written(model, rows, order, eos_token_id, max_new_tokens, batch_size, **exi
         width = len(rows[group[0]][0])
         ids = torch.tensor([[0]*(width - len(rows[r][0])) + rows[r][0] for r in group], device=model.device)
         mask = torch.arange(width, device=model.device)[None] >= width - torch.tensor([[len(rows[r][0])] for r in group], device=model.device)
+        give_way()
         done = decode(model, ids, mask, max_new_tokens, eos_token_id, **exits)
         for r, t in zip(group, done.tokens): out[r] = t
         layers += [d for ds in done.layers_run for d in ds]

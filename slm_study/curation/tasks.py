@@ -34,7 +34,7 @@ from .worlds import file_name, fill_table, sample_row, write_csv, write_jsonl
 from .log_formats import fill_log, fill_logs
 from .questions import belongs, reader
 from .table_tasks import TABLE_FAMILIES, ask_table
-from . import trend_tasks, machine_tasks, inference_tasks # they register more families
+from . import table_tasks, trend_tasks, machine_tasks, log_counts, log_times, log_tasks, science_tasks, inference_tasks
 from .science_tasks import SCIENCE_FAMILIES
 from .log_tasks import LOG_FAMILIES, ask_log
 
@@ -82,7 +82,8 @@ class Task:
         return cls(**d | {"columns": columns, "tags": tuple(d["tags"])})
 
 # %% ../../nbs/10_curation/07_tasks.ipynb #5dffe487
-FAMILIES = TABLE_FAMILIES | LOG_FAMILIES | SCIENCE_FAMILIES
+_REGISTERED = TABLE_FAMILIES | LOG_FAMILIES | SCIENCE_FAMILIES # in the order in which their modules happened to be imported
+FAMILIES = {n: _REGISTERED[n] for m in (table_tasks, trend_tasks, machine_tasks, log_counts, log_times, log_tasks, science_tasks, inference_tasks) for n in vars(m) if n in _REGISTERED}
 SPLITS = ("train", "validation", "iid", "phrasing", "composition", "schema", "format")
 TEST_SPLITS = SPLITS[2:]
 
@@ -108,7 +109,7 @@ def families_of(
     "The families that can give a split: only logs have formats, only data has names, only combinations are held out."
     if split == "schema": return tuple(n for n, f in FAMILIES.items() if f.needs or n in LOG_FAMILIES)
     if split not in ("composition", "format"): return tuple(FAMILIES)
-    return tuple(n for n in (LOG_FAMILIES if split == "format" else FAMILIES) if any(_one(random.Random(f"{n} {i}"), split, n) for i in range(150)))
+    return tuple(n for n in FAMILIES if (split != "format" or n in LOG_FAMILIES) and any(_one(random.Random(f"{n} {i}"), split, n) for i in range(150)))
 
 def _draw(rng, split, families):
     "(request, handover, columns, program, family, table or None, log files)"

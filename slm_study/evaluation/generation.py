@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..recipes import StudyError
+from ..studies import give_way
 from ..compression.early_exit import ExitHeads, decode
 
 # %% ../../nbs/50_evaluation/00_generation.ipynb #6ac7c0b5
@@ -75,6 +76,7 @@ def generate(
     rows, res = _encode(tokenizer, prompts, model, max_new_tokens), {}
     bar = tqdm(total=len(prompts), desc="prompts", disable=not progress, mininterval=0.5)
     for group in batches([len(r) for r in rows], batch_size):
+        give_way()
         ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id or 0)
         chance = [torch.Generator(model.device).manual_seed(seed*1_000_003 + i) for i in group] if temperature else None
         start = time.perf_counter()

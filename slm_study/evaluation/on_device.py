@@ -7,7 +7,6 @@ __all__ = ['BACKEND_TYPES', 'BITS', 'even_share', 'generate_on_device', 'same_te
 
 # %% ../../nbs/50_evaluation/06_on_device.ipynb #285d6603
 import hashlib, time
-from dataclasses import replace
 from pathlib import Path
 
 from ..recipes import StudyError
@@ -61,15 +60,13 @@ def judge_again(
     others:list[Generation],      # n answers by torch
     samples:list[dict],           # what became of those
     sandbox,                      # where programs run
-    name:str,                     # of the backend
     slots:bool=True               # do the texts hold placeholders?
 ) -> list[dict]: # n samples
     "Samples of another backend; programs are run only where the text differs."
     new = [i for i, same in enumerate(same_text(generations, others)) if not same]
-    own = [replace(tasks[i], task_id=f"{tasks[i].task_id} on {name}") for i in new] # the sandbox stores outcomes by task
-    judged = evaluate_samples(own, [generations[i] for i in new], sandbox, slots, progress=False) if new else []
+    judged = evaluate_samples([tasks[i] for i in new], [generations[i] for i in new], sandbox, slots, progress=False) if new else []
     out = list(samples)
-    for i, s in zip(new, judged): out[i] = {**s, "task_id": tasks[i].task_id}
+    for i, s in zip(new, judged): out[i] = s
     return out
 
 # %% ../../nbs/50_evaluation/06_on_device.ipynb #d562992e

@@ -107,7 +107,7 @@ def evaluate_samples(
 )->list[dict]: # n samples
     "Fill, repair, run, compare."
     samples = [sample_of(t, g, slots) for t, g in zip(tasks, generations, strict=True)]
-    job = lambda t, s, which: Job(s[which], t.files, preamble=t.preamble, key=f"{t.task_id}/{which}")
+    job = lambda t, s, which: Job(s[which], t.files, preamble=t.preamble)
     both = [i for i, s in enumerate(samples) if s["valid_raw"] and s["program_raw"] != s["program"]]
     outcomes = sandbox.run_many([job(t, s, "program") for t, s in zip(tasks, samples)] + [job(tasks[i], samples[i], "program_raw") for i in both], progress=progress)
     raw = dict(zip(both, outcomes[len(samples):]))

@@ -55,8 +55,7 @@ class Store:
 
     def plan(self, jobs:list[Job]):
         "Announce jobs; the same key with other content is an error."
-        keys = [j.key for j in jobs]
-        if len(set(keys)) < len(keys) or "" in keys: raise StudyError(f"{self.path}: every job needs a key of its own; {len(keys) - len(set(keys) - {''})} of {len(keys)} have none or share one")
+        if nameless := sum(not j.key for j in jobs): raise StudyError(f"{self.path}: every job needs a key; {nameless} of {len(jobs)} have none")
         with self._says():
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -67,9 +66,10 @@ class Store:
                 self.db.execute("COMMIT")
             except BaseException: self.db.execute("ROLLBACK"); raise
 
-    def add(self, key:str, outcome:Outcome):
-        "Record an outcome, once."
-        with self._says(): self.db.execute("INSERT INTO outcome VALUES (?, ?)", (key, _pack(outcome)))
+    def add(self, key:str, outcome:Outcome)->Outcome: # the one recorded
+        "Record an outcome; where another process was first, its outcome stays."
+        with self._says(): self.db.execute("INSERT OR IGNORE INTO outcome VALUES (?, ?)", (key, _pack(outcome)))
+        return self.get(key)
 
     def get(self, key:str)->Outcome|None:
         "A recorded outcome."
@@ -98,7 +98,7 @@ class Sandbox:
         unsafe:bool=False, # no isolation, stamped on every outcome: `--unsafe-no-sandbox`
         tier:str|Tier|None=None, # None: the best that holds
         calibrate:bool=True, # stretch time limits on a slow machine?
-        store:str|Path|None=None, # a SQLite file: jobs with a key are recorded there, and not run again
+        store:str|Path|None=None, # a SQLite file: outcomes are recorded there, and what is recorded is not run again
     ):
         if tier is not None and not isinstance(tier, Tier) and tier not in tiers(): raise StudyError(f"sandbox: tier {tier!r} is not one of {', '.join(tiers())} for this user")
         self.n, self.limits, self.preload, self.asked = workers or len(os.sched_getaffinity(0)), limits, tuple(preload), "unsafe" if unsafe else tier
@@ -250,23 +250,30 @@ def _loop(self:Sandbox, jobs:list[Job], todo:list[int], keep):
 
 # %% ../../nbs/50_evaluation/02_sandbox.ipynb #3a7f9898
 @patch
+def _content(self:Sandbox, job:Job)->str:
+    "A key for a job without one: all that decides its outcome."
+    return f"{job_hash(replace(job, limits=job.limits or self.limits))} {self.tier.name}"
+
+@patch
 def run_many(self:Sandbox,
     jobs:list, # Job, dict of Job's fields, or source text
     progress:bool=True, # show a bar
 )->list[Outcome]: # in the order of jobs
     "Run programs on all workers; those recorded in the store are not run again."
-    jobs, out = [_as_job(j) for j in jobs], {}
-    stamp = dict(tier=self.tier.name, layers=self.tier.layers)
-    store = self.store if self.store and any(j.key for j in jobs) else None
+    jobs, out, store = [_as_job(j) for j in jobs], {}, self.store
+    stamp, alike = dict(tier=self.tier.name, layers=self.tier.layers), {i: [i] for i in range(len(jobs))}
     if store:
+        jobs, alike = [j if j.key else replace(j, key=self._content(j)) for j in jobs], {}
+        for i, j in enumerate(jobs): alike.setdefault(j.key, []).append(i)
+        alike = {places[0]: places for places in alike.values()} # equal jobs are run once
         store.plan(jobs)
-        out = {i: o for i, j in enumerate(jobs) if (o:=store.get(j.key))}
+        out = {i: o for first, places in alike.items() if (o:=store.get(jobs[first].key)) for i in places}
     with tqdm(total=len(jobs), initial=len(out), desc="programs", disable=not progress, mininterval=0.5) as bar:
         def keep(i, o):
             o = replace(o, **stamp)
-            if store: store.add(jobs[i].key, o)
-            out[i] = o; bar.update()
-        try: self._loop(jobs, [i for i in range(len(jobs)) if i not in out][::-1], keep)
+            if store: o = store.add(jobs[i].key, o)
+            out.update(dict.fromkeys(alike[i], o)); bar.update(len(alike[i]))
+        try: self._loop(jobs, [i for i in alike if i not in out][::-1], keep)
         finally:
             for w in [w for w in self.pool if w.job is not None]: self.pool.remove(w); w.close() # interrupted: leave nothing running
     if len(out) != len(jobs) or (store and set(store.missing()) & {j.key for j in jobs}): raise StudyError(f"sandbox: {len(jobs)} programs were planned, {len(out)} recorded; run the same command again")

@@ -10,9 +10,10 @@ import argparse, os, random, shutil, sys
 from collections.abc import Callable
 from pathlib import Path
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
-from .adapters import add_adapters, check_memory, fuse_adapters, give_back, lean_loss, load_4bit, needed_mib
+from .adapters import add_adapters, check_memory, dense_weight, fuse_adapters, give_back, lean_loss, load_4bit, needed_mib
 from .pretrain import collate, encode_all, order_rows, read_rows, run_trainer
 from ..models import architecture, load_checkpoint, save_checkpoint
 from ..recipes import QLoRA, Run, StudyError
@@ -48,10 +49,14 @@ def training_rows(
 # %% ../../nbs/20_finetuning/01_qlora.ipynb #e5f5c846
 def merge(
     checkpoint:str|Path, # the full-precision base
-    adapter:str|Path     # folder of the trained adapters
+    adapter:str|Path,    # folder of the trained adapters
+    settings:QLoRA       # of one model; merge_into, and how W was rounded
 ) -> PreTrainedModel: # fp32, plain
     "W + (alpha/r) B A, in full precision."
     model, _ = load_checkpoint(checkpoint)
+    if settings.merge_into == "nf4":
+        for name, layer in load_4bit(checkpoint, settings.double_quant, settings.compute).named_modules():
+            if isinstance(layer, Linear4bit): model.get_submodule(name).weight.data.copy_(dense_weight(layer))
     try: return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (ValueError, RuntimeError, OSError) as e:
         raise StudyError(f"{adapter}: these adapters do not fit {checkpoint} ({str(e).splitlines()[0][:120]}); delete the folder and tune again") from None
@@ -130,10 +135,12 @@ def finetune(
                       **dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False) if stop else {})
     if int(os.environ.get("RANK", 0)): return log # one process of several writes
     with atomic_folder(f"{out}_adapter") as folder: net.save_pretrained(folder)
-    merged = merge(checkpoint, f"{out}_adapter")
-    gap = merge_gap(net, merged, (check or training_rows(tokenizer, rows[:16], limit))[:16])
+    seen, gaps = (check or training_rows(tokenizer, rows[:16], limit))[:16], {}
+    for into in sorted(("nf4", "base"), key=settings.merge_into.__eq__): # the one that is kept comes last
+        merged = merge(checkpoint, f"{out}_adapter", settings.model_copy(update=dict(merge_into=into)))
+        gaps[into] = merge_gap(net, merged, seen)
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    save_checkpoint(merged, tokenizer, out, dict(made_by="finetune", base=Path(checkpoint).name, seed=seed, processes=processes, settings=settings.model_dump(mode="json"), merging=gap, log=log))
+    save_checkpoint(merged, tokenizer, out, dict(made_by="finetune", base=Path(checkpoint).name, seed=seed, processes=processes, settings=settings.model_dump(mode="json"), merging=gaps, log=log))
     shutil.rmtree(f"{out}_training")
     return log
 
