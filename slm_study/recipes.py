@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'TECHNIQUES', 'TECHNIQUE_NAMES', 'Ratio', 'Positive', 'Count', 'StudyError', 'root', 'Sources', 'Caps',
-           'Data', 'Size', 'Bases', 'Pretrain', 'QLoRA', 'PruningMasked', 'Pruning', 'WeightSharing', 'EarlyExit',
-           'Quantization', 'Combined', 'Sweep', 'Evaluation', 'Recipe', 'one_line', 'recipe_names', 'load_recipe',
-           'check_parameters', 'Run']
+           'Data', 'Size', 'Bases', 'Pretrain', 'QLoRA', 'Names', 'PruningMasked', 'Pruning', 'WeightSharing',
+           'EarlyExit', 'Quantization', 'Combined', 'Sweep', 'Evaluation', 'Recipe', 'one_line', 'recipe_names',
+           'load_recipe', 'check_parameters', 'Run']
 
 # %% ../nbs/00_recipes.ipynb #ca5f6fab
 import os
@@ -145,6 +145,10 @@ class QLoRA(_Part):
         return self
 
 # %% ../nbs/00_recipes.ipynb #20cf65b8
+class Names(_Part):
+    "Tuned on real names in the place of slots."
+    tokens: Count = 0 # 0: as many as qlora.tokens
+
 class PruningMasked(_Part):
     "As published: rows of every Linear set to zero by norm, nothing removed."
     ratio: Ratio = 0.15
@@ -233,6 +237,7 @@ class Recipe(_Part):
     bases: Bases = Bases()
     pretrain: Pretrain = Pretrain()
     qlora: QLoRA = QLoRA()
+    names: Names = Names()
     pruning_masked: PruningMasked = PruningMasked()
     pruning: Pruning = Pruning()
     weight_sharing: WeightSharing = WeightSharing()

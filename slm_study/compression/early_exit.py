@@ -299,7 +299,7 @@ def calibrate_tau(
     return (float(good.tau.iloc[0]) if len(good) else 1.), table
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #56112eca
-FREE_TAUS = (.999, .99, .97, .95, .9, .8, .7) # tried in free decoding, the strictest first
+FREE_TAUS = (.999, .997, .995, .99, .98, .97, .95, .9, .8, .7) # tried in free decoding, the strictest first
 
 def _written(model, rows, order, eos_token_id, max_new_tokens, batch_size, **exits):
     "Tokens of each row's program, and the share of layers run, in %."

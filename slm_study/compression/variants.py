@@ -92,7 +92,7 @@ def _with_names(rows:list[dict]) -> list[dict]: # prompt, completion
 def _make(technique, recipe:Recipe, start:Path, rows, validation, out:Path, seed:int):
     "Make one variant from the checkpoint it starts from."
     if technique == "untuned": save_checkpoint(*load_checkpoint(start), out) # a shipped base is in 16 bits; here all weights are in 32
-    elif technique == "names": finetune(start, _with_names(rows), recipe.qlora, out, "QLoRA without slots", seed, validation=_with_names(validation))
+    elif technique == "names": finetune(start, _with_names(rows), recipe.qlora, out, "QLoRA without slots", seed, recipe.names.tokens or None, validation=_with_names(validation))
     elif technique == "early_exit": _early_exit(start, recipe, rows, validation, out, seed)
     else: _cut(technique, recipe, start, rows, out, seed)
 

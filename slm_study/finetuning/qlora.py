@@ -93,6 +93,7 @@ def new_first(
 
 # %% ../../nbs/20_finetuning/01_qlora.ipynb #a193599f
 NAMES = {"llama": "tinyllama", "gpt_bigcode": "starcoder"} # of architectures, in recipes
+_WATCHED = 96 # validation rows whose loss is taken during training: more would cost as much as the training
 
 def _prepared(checkpoint, rows, settings, name):
     "Config, tokenizer and settings of a training that can work."
@@ -130,7 +131,7 @@ def finetune(
     net = quantised_with_adapters(checkpoint, settings, seed)
     stop = bool(check) and settings.patience > 0
     log = run_trainer(net, encoded, f"{out}_training", name, tokens or settings.epochs*sum(r["length"] for r in encoded) or settings.tokens, settings.batch_size,
-                      settings.lr, settings.warmup_ratio, seed, validation=check, accumulate=settings.accumulate, order=new_first(settings.new_share, settings.new_until), max_grad_norm=settings.grad_norm,
+                      settings.lr, settings.warmup_ratio, seed, validation=check[:_WATCHED] if check else None, accumulate=settings.accumulate, order=new_first(settings.new_share, settings.new_until), max_grad_norm=settings.grad_norm,
                       callbacks=[EarlyStoppingCallback(settings.patience)] if stop else (), made_by=settings.model_dump_json(), activation_checkpointing=settings.checkpointing,
                       **dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False) if stop else {})
     if int(os.environ.get("RANK", 0)): return log # one process of several writes

@@ -21,7 +21,7 @@ import pandas as pd
 from ..recipes import StudyError, load_recipe, root
 from ..curation.prompts import source_prompt
 from ..curation.sources import SOURCES, read_rows, sample_path
-from ..compression.bench import compression_bench, exit_bench, lossless_bench
+from ..compression.bench import compression_bench, exit_bench, free_exit_bench, lossless_bench
 from ..evaluation.sandbox import sandbox_bench
 from ..finetuning.device import device_bench, trainer_bench
 
@@ -150,7 +150,8 @@ def corpus_bench(
 # %% ../../nbs/60_report/03_bench.ipynb #e92d5ab6
 HOW_TO_COMPARE = "to compare with datatrove:  python -m venv .venv-bench && .venv-bench/bin/pip install 'datatrove[processing]==0.10.1' spacy==3.8.18 orjson==3.13.0"
 BENCHES = dict(compression=("time over multiplied weights, half the channels and half the layers of the original shapes, in turns, one thread (needs 9 GB)", compression_bench),
-               exit=("saving of forced early exits against the work left out, original shapes, in turns, one thread", exit_bench), lossless=("greedy time over the lossless arm's, shipped bases, test prompts", lossless_bench),
+               exit=("saving of forced early exits against the work left out, original shapes, in turns, one thread", exit_bench),
+               free_exit=("saving of early exits against the work left out, shipped bases writing programs, in turns, one thread", free_exit_bench), lossless=("greedy time over the lossless arm's, shipped bases, test prompts", lossless_bench),
                sandbox=("programs per second in the sandbox and in fresh interpreters", sandbox_bench), corpus=("75,000 rows through curation, and through datatrove's MinHash", corpus_bench),
                qlora=("one QLoRA step of 512 tokens: peak memory (MiB) and tokens/s, each model in its own process", device_bench),
                trainer=("QLoRA on the same base and pairs: ours, and TRL's SFTTrainer with its defaults", trainer_bench))
