@@ -6,10 +6,11 @@
 __all__ = ['STEPS', 'NEEDS', 'TAKES', 'notebook_path', 'executed_path', 'papermill_command', 'execute', 'need', 'turn',
            'give_way', 'evaluation_mib', 'room', 'main']
 
-# %% ../nbs/03_studies.ipynb #f21c6dc8
+# %% ../nbs/03_studies.ipynb #aaa21730
 import argparse, contextlib, os, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
+from .memory import machine_mib
 from .recipes import Run, StudyError, root
 
 # %% ../nbs/03_studies.ipynb #8fb5f535
@@ -118,7 +119,7 @@ def give_way():
     for place, _ in _beside: fcntl.flock(place, fcntl.LOCK_UN)
     for place, door in _beside: _take(place, door)
 
-# %% ../nbs/03_studies.ipynb #899022d4
+# %% ../nbs/03_studies.ipynb #b7f959ac
 def evaluation_mib(
     run:Run # its tuned model is there
 ) -> float: # MiB
@@ -126,15 +127,11 @@ def evaluation_mib(
     weights = sum(p.stat().st_size for p in run.tuned.glob("*.safetensors"))/2**20 # a tuned model is saved in 32 bits
     return 3*(weights + 400) + 700
 
-def _memory_mib(field:str) -> float|None: # MiB; None where the system does not tell
-    try: return next(int(l.split()[1])/1024 for l in Path("/proc/meminfo").read_text().splitlines() if l.startswith(field+":"))
-    except (OSError, StopIteration): return None
-
 @contextlib.contextmanager
 def room(
     run:Run,
     step:str,                   # only 3_evaluate needs much
-    memory:Callable=_memory_mib # tells MemTotal and MemAvailable
+    memory:Callable=machine_mib # tells MemTotal and MemAvailable
 ):
     "Wait until a large evaluation has the memory for itself; raises `StudyError` where it will not fit."
     needed, whole = evaluation_mib(run) if step == "3_evaluate" else 0., memory("MemTotal")

@@ -5,19 +5,15 @@
 # %% auto #0
 __all__ = ['LIMITS', 'tree_mib', 'Watch', 'held', 'every_limit', 'prove']
 
-# %% ../../nbs/50_evaluation/05b_budget.ipynb #38d0b022
+# %% ../../nbs/50_evaluation/05b_budget.ipynb #56bfb848
 import json, os, subprocess, sys, threading
 from pathlib import Path
 
+from ..memory import status_mib
 from ..recipes import StudyError
 from .arms import Arm
 
-# %% ../../nbs/50_evaluation/05b_budget.ipynb #ade03bc4
-def _fields(pid): # of /proc/PID/status, kB as MiB
-    try: lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError: return {}
-    return {k: int(v.split()[0])/1024 for k, _, v in (l.partition(":") for l in lines) if k in ("VmRSS", "VmHWM")}
-
+# %% ../../nbs/50_evaluation/05b_budget.ipynb #060028ac
 def _children(pid):
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -29,13 +25,12 @@ def tree_mib(
     pid:int # of a process
 ) -> float|None: # MiB; None where it is gone or the system does not tell
     "The most that a process has held, and what its children and theirs hold now."
-    own, below = _fields(pid), _children(pid)
-    if not own: return None
-    while below:
+    held, below = status_mib("VmHWM", pid), _children(pid)
+    while held is not None and below:
         child = below.pop()
-        own["VmHWM"] += _fields(child).get("VmRSS", 0.)
+        held += status_mib("VmRSS", child) or 0.
         below += _children(child)
-    return own["VmHWM"]
+    return held
 
 # %% ../../nbs/50_evaluation/05b_budget.ipynb #43df8f5e
 class Watch:

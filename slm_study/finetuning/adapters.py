@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPUTE', 'TARGETS', 'give_back', 'load_4bit', 'add_adapters', 'dense_weight', 'fuse_adapters', 'lean_loss',
-           'needed_mib', 'available_mib', 'check_memory']
+           'needed_mib', 'check_memory']
 
-# %% ../../nbs/20_finetuning/00b_adapters.ipynb #2fc3567a
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #24fac6f9
 import contextlib, ctypes, json, types
 from pathlib import Path
 import torch
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as computed_again
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from .pretrain import ATTENTION
+from ..memory import available_mib
 from ..models import architecture, lm_head
 from ..recipes import QLoRA, StudyError
 
@@ -189,7 +190,7 @@ def lean_loss(
     model.forward = forward
     return net
 
-# %% ../../nbs/20_finetuning/00b_adapters.ipynb #ff2b2ed6
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #b7f8fb37
 def needed_mib(
     config,          # of a llama or gpt_bigcode model
     settings:QLoRA,
@@ -205,23 +206,13 @@ def needed_mib(
     inner = layers*(2*hidden*hidden + 2*hidden*kv + (3 if llama else 2)*hidden*width)
     outer = config.vocab_size*hidden*(1 if config.tie_word_embeddings else 2)
     adapters = layers*settings.r*(8*hidden + 2*kv + (3 if llama else 2)*(hidden+width))
-    weights = inner*(0.53 if inner*2 > 256*2**20 else 2.53) + outer*outer_bytes + adapters*16
+    dense = inner*2 <= 256*2**20 and not settings.checkpointing # is a 16-bit copy kept, as fuse_adapters does?
+    weights = inner*(2.53 if dense else 0.53) + outer*outer_bytes + adapters*16
     tokens = rows*length
     block = tokens*(20*hidden*3 + 8*width*3) + 3*rows*heads*length**2*4
     activations = block + layers*tokens*hidden*4 if settings.checkpointing else block*layers
     logits = (1 if settings.checkpointing else 4)*tokens*config.vocab_size*4
     return 1.5*(weights + activations + logits)/2**20 + 64
-
-def available_mib() -> float|None: # MiB; None where the system does not tell
-    "Memory that this process may still take: the machine's, or its control group's if that is less."
-    def number(path, pick=lambda t: int(t)):
-        try: return pick(Path(path).read_text())
-        except (OSError, ValueError, StopIteration): return None
-    free = number("/proc/meminfo", lambda t: next(int(l.split()[1])*1024 for l in t.splitlines() if l.startswith("MemAvailable:")))
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        bound, taken = number(f"/sys/fs/cgroup/{limit}"), number(f"/sys/fs/cgroup/{used}")
-        if bound and taken is not None and free is not None: free = min(free, bound-taken)
-    return None if free is None else free/2**20
 
 def check_memory(
     needed:float,         # MiB

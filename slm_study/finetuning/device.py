@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REAL', 'POCKET', 'write_random', 'random_base', 'step_here', 'device_bench', 'train_here', 'trainer_bench', 'main']
 
-# %% ../../nbs/20_finetuning/02_device_training.ipynb #76ce26e9
+# %% ../../nbs/20_finetuning/02_device_training.ipynb #a7dcf06c
 import argparse, importlib.util, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import pandas as pd
@@ -17,6 +17,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from .adapters import TARGETS, add_adapters, fuse_adapters, give_back, lean_loss, load_4bit, needed_mib
 from .pretrain import encode_all, run_trainer, train_tokenizer, use_threads
+from ..memory import peak_mib
 from ..models import architecture, config_for, disk_mib, load_checkpoint, save_checkpoint
 from ..recipes import MODELS, Pretrain, QLoRA, Size, StudyError
 from ..records import atomic_folder
@@ -70,12 +71,7 @@ def random_base(
         (folder/"slm_study.json").write_text(json.dumps(facts))
     return facts
 
-# %% ../../nbs/20_finetuning/02_device_training.ipynb #c436983a
-def _peak_mib() -> float|None: # MiB
-    "Largest resident set of this process; a child does not inherit it, unlike getrusage's."
-    try: return next(int(l.split()[1])/1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM:"))
-    except (OSError, StopIteration): return None
-
+# %% ../../nbs/20_finetuning/02_device_training.ipynb #e1702375
 def step_here(
     folder:str|Path,   # a checkpoint
     rows:int=1,        # of a batch
@@ -85,9 +81,9 @@ def step_here(
     "QLoRA steps on random tokens in this process; for one that was started for nothing else."
     use_threads()
     settings = QLoRA(checkpointing=True)
-    libraries = _peak_mib()
+    libraries = peak_mib()
     net = load_4bit(folder, outer=torch.bfloat16)
-    config, loaded = net.config, _peak_mib()
+    config, loaded = net.config, peak_mib()
     net = lean_loss(fuse_adapters(add_adapters(net, settings, seed=0), keep_mib=0)).train() # no 16-bit copy
     give_back(2**18)
     net.get_base_model().activation_checkpointing_enable(dict(use_reentrant=False))
@@ -99,7 +95,7 @@ def step_here(
         with torch.autocast("cpu", torch.bfloat16): loss = net(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward(); optimizer.step(); optimizer.zero_grad()
         took.append(time.perf_counter()-start)
-    return dict(libraries_mib=libraries, loaded_mib=loaded, peak_mib=_peak_mib(), estimated_mib=libraries+needed_mib(config, settings, *ids.shape, outer_bytes=2),
+    return dict(libraries_mib=libraries, loaded_mib=loaded, peak_mib=peak_mib(), estimated_mib=libraries+needed_mib(config, settings, *ids.shape, outer_bytes=2),
                 tokens_per_s=ids.numel()/min(took[1:]), loss=loss.item())
 
 def _own_process(*args:str, extra_path:str="") -> dict:

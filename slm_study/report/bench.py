@@ -21,8 +21,9 @@ import pandas as pd
 from ..recipes import StudyError, load_recipe, root
 from ..curation.prompts import source_prompt
 from ..curation.sources import SOURCES, read_rows, sample_path
-from ..compression.bench import compression_bench, exit_bench, free_exit_bench, lossless_bench
+from ..compression.bench import compression_bench, device_cut_bench, exit_bench, free_exit_bench, lossless_bench
 from ..evaluation.sandbox import sandbox_bench
+from ..finetuning.corrections import corrections_bench
 from ..finetuning.device import device_bench, trainer_bench
 
 # %% ../../nbs/60_report/03_bench.ipynb #233d45a4
@@ -64,7 +65,7 @@ import json, sys, time
 from pathlib import Path
 from slm_study.recipes import load_recipe
 from slm_study.curation.corpus import curate
-from slm_study.evaluation.arms import peak_mib
+from slm_study.memory import peak_mib
 folder, recipe = Path(sys.argv[1]), load_recipe("pocket")
 paths = {n: str(folder/f"{n}.jsonl") for n in ("scidocs", "astronomy", "science", "code")}
 data = recipe.data.model_copy(update=dict(sources=recipe.data.sources.model_copy(update=paths), pretrain_tasks=100, train_tasks=10, validation_tasks=10))
@@ -150,11 +151,13 @@ def corpus_bench(
 # %% ../../nbs/60_report/03_bench.ipynb #e92d5ab6
 HOW_TO_COMPARE = "to compare with datatrove:  python -m venv .venv-bench && .venv-bench/bin/pip install 'datatrove[processing]==0.10.1' spacy==3.8.18 orjson==3.13.0"
 BENCHES = dict(compression=("time over multiplied weights, half the channels and half the layers of the original shapes, in turns, one thread (needs 9 GB)", compression_bench),
+               device_cut=("the same for half the channels and one outer matrix at 4 bits in llama.cpp, shipped bases and original shapes", device_cut_bench),
                exit=("saving of forced early exits against the work left out, original shapes, in turns, one thread", exit_bench),
                free_exit=("saving of early exits against the work left out, shipped bases writing programs, in turns, one thread", free_exit_bench), lossless=("greedy time over the lossless arm's, shipped bases, test prompts", lossless_bench),
                sandbox=("programs per second in the sandbox and in fresh interpreters", sandbox_bench), corpus=("75,000 rows through curation, and through datatrove's MinHash", corpus_bench),
                qlora=("one QLoRA step of 512 tokens: peak memory (MiB) and tokens/s, each model in its own process", device_bench),
-               trainer=("QLoRA on the same base and pairs: ours, and TRL's SFTTrainer with its defaults", trainer_bench))
+               trainer=("QLoRA on the same base and pairs: ours, and TRL's SFTTrainer with its defaults", trainer_bench),
+               corrections=("a shipped base tuned with one correction undone at a time: loss and exact programs on unseen pairs", corrections_bench))
 
 def check_benches(
     what:tuple, # names; none: all
