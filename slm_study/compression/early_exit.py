@@ -91,14 +91,12 @@ def _fill(run, fold, first, exited, h, rope, cache, column, rows=None):
     else: cache[:,:,rows] = kv
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #c2d50eb9
-def _confidence(z): # logits [.., vocab] -> largest probability [..]
-    return z.float().softmax(-1).amax(-1)
+def _confidence(z): return z.float().softmax(-1).amax(-1) # logits [.., vocab] -> largest probability [..]
 
 def _step(run, ids, positions, cache, column, mask, heads, tau, fold):
     "Feed one token [rows, 1]: logits [rows, vocab] and the blocks each row ran."
     h, rope = run.embed(ids, positions)
-    n, rows, logits = len(ids), None, None
-    depth = [run.layers]*n
+    n, rows, logits, depth = len(ids), None, None, [run.layers]*len(ids)
     for i in range(run.layers):
         h = layer(run, i, h, rope, cache, column, mask, rows)
         if heads is None or i+1 not in heads.exits: continue
@@ -203,8 +201,7 @@ def decode_uncached(
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #60dfb6c2
 def _positions(batch): # left or right padding
-    mask = batch.get("attention_mask")
-    return None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    return None if (mask := batch.get("attention_mask")) is None else (mask.cumsum(1) - 1).clamp(min=0)
 
 @torch.no_grad()
 def _states(model, batch, exits):

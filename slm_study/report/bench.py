@@ -21,9 +21,10 @@ import pandas as pd
 from ..recipes import StudyError, load_recipe, root
 from ..curation.prompts import source_prompt
 from ..curation.sources import SOURCES, read_rows, sample_path
-from ..compression.bench import compression_bench, device_cut_bench, exit_bench, free_exit_bench, lossless_bench
+from ..compression.bench import compression_bench, exit_bench, free_exit_bench, lossless_bench
+from ..evaluation.corrections import corrections_bench
 from ..evaluation.sandbox import sandbox_bench
-from ..finetuning.corrections import corrections_bench
+from ..runtime.bench import device_cut_bench
 from ..finetuning.device import device_bench, trainer_bench
 
 # %% ../../nbs/60_report/03_bench.ipynb #233d45a4
