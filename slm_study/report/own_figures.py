@@ -203,8 +203,8 @@ def figure_sparsity(
         for r in whole[~whole.healed].itertuples(): ax.axhspan(r.low, r.high, color="0.85", zorder=0); ax.axhline(r.accuracy, color="black", lw=.8, zorder=1)
         control = whole[whole.healed]
         ax.errorbar(control.removed_pct, control.accuracy, yerr=err(control), marker="*", markersize=13, color="black", capsize=2, ls="none", zorder=4)
-        ax.set(xlabel="parameters removed (%)", ylim=(0, None)); ax.set_title(MODEL_NAMES[m], loc="left"); ax.grid(alpha=.3)
-    axes[0][0].set_ylabel("right answers (%)")
+        ax.set(xlabel="parameters removed (%)"); ax.set_title(MODEL_NAMES[m], loc="left"); ax.grid(alpha=.3)
+    axes[0][0].set(ylabel="right answers (%)", ylim=(0, None)) # once all is drawn: the axes share it
     marks = [Line2D([], [], marker=k, color=c, markeredgecolor="black", lw=0, label=n) for n, c, k in _CUTS.values()]
     lines = [Line2D([], [], color="black", ls="-", label="healed"), Line2D([], [], color="black", ls="--", label="not healed"), Line2D([], [], color="black", marker="*", markersize=11, lw=0, label="nothing removed,\nas much training")]
     fig.legend(handles=[*marks, *lines, Patch(color="0.85", label="as it was (95 %)")], loc="outside right center")
