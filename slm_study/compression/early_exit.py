@@ -246,7 +246,7 @@ def train_exits(
     return heads
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #5ce3b0db
-TAUS = [*(i/20 for i in range(4, 19)), .925, .95, .96, .97, .98, .985, .99, .995, .998, .999, .9995, .9999, .99999]
+TAUS = [*(i/20 for i in range(4, 19)), .925, .95, .96, .97, .98, .985, .99, .995, .997, .999, .9995, .9999, .99999]
 
 @torch.no_grad()
 def exit_statistics(
@@ -296,7 +296,7 @@ def calibrate_tau(
     return (float(good.tau.iloc[0]) if len(good) else 1.), table
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #56112eca
-FREE_TAUS = (.999, .997, .995, .99, .98, .97, .95, .9, .8, .7) # tried in free decoding, the strictest first
+FREE_TAUS = (.999, .997, .995, .99, .98, .97, .95, .9, .8, .7) # of TAUS, tried in free decoding, the strictest first
 
 def _written(model, rows, order, eos_token_id, max_new_tokens, batch_size, **exits):
     "Tokens of each row's program, and the share of layers run, in %."

@@ -136,7 +136,7 @@ def figure_repairs(
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #841ffdc3
 def figure_tau(
-    rows:pd.DataFrame # columns of tau_table, model, and used: the threshold that the study chose, if known
+    rows:pd.DataFrame # columns of tau_table, model; used: the threshold that the study chose, and right_pct, if known
 ) -> np.ndarray: # [models, 2] axes
     "Agreement, work and exit depth by threshold."
     models = [m for m in MODELS if m in set(rows.model)]
@@ -147,6 +147,7 @@ def figure_tau(
         x = -np.log10(1 - r.tau.clip(upper=1 - 1e-6))
         for col, style, label in (("tokens_agree_pct", "-o", "tokens as the full model"), ("exits_agree_pct", "--s", "exits as the full model"), ("layers_run_pct", ":^", "layers run")):
             a.plot(x, r[col], style, color="black", markersize=4, markevery=3, label=label)
+        if "right_pct" in r and (free := r.right_pct.notna()).any(): a.plot(x[free], r.right_pct[free], "-D", color="#D55E00", markeredgecolor="black", label="right programs, written freely")
         depth = [c for c in r.columns if c.startswith("exit_")] + ["full_pct"]
         depth = [c for c in depth if r[c].notna().any()]
         shades = plt.get_cmap("cividis")(np.linspace(.15, .95, len(depth)))
