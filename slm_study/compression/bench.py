@@ -17,11 +17,11 @@ from ..recipes import MODELS, StudyError, root
 from ..models import blocks, config_for, load_checkpoint
 from ..curation.corpus import held_out_tasks, make_pair
 from ..finetuning.device import REAL
-from ..finetuning.pretrain import collate, encode_all, order_rows
 from .audit import matmul_parameters, unique_parameters
 from .early_exit import ExitHeads, decode, exit_macs, train_exits
 from .lossless import choose_draft, decode_lossless
 from .pruning import prune_ffn, prune_layers
+from .variants import training_batches
 
 # %% ../../nbs/30_compression/06_bench.ipynb #a93b47a1
 def random_model(
@@ -133,9 +133,8 @@ def _with_exits(name, folder, exits, steps):
     "A base, its tokenizer, exits trained for it, and a source of chance for more pairs."
     model, tokenizer = load_checkpoint(folder or root()/"bases"/name)
     rng = random.Random(1)
-    rows = [(r["prompt"], r["completion"]) for r in (make_pair(rng) for _ in range(16*steps))]
-    ordered = order_rows(encode_all(tokenizer, rows, model.config.max_position_embeddings), 16, steps, 0)
-    return model, tokenizer, train_exits(model, [collate(ordered[i:i+16]) for i in range(0, len(ordered), 16)], list(exits), steps), rng
+    batches = training_batches(tokenizer, [make_pair(rng) for _ in range(16*steps)], model.config.max_position_embeddings, 16, steps, 0)
+    return model, tokenizer, train_exits(model, batches, list(exits), steps), rng
 
 def _asked(tokenizer, prompts): return [torch.tensor([tokenizer(p, add_special_tokens=False).input_ids]) for p in prompts]
 

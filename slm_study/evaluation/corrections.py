@@ -53,11 +53,11 @@ def corrections_bench(
     undone:dict[str, dict]=UNDONE
 ) -> pd.DataFrame: # model, undone, loss (nats), exact_pct with its 95 % interval low, high
     "Tune a shipped base with one correction undone at a time."
-    out = []
+    out, recipe = [], load_recipe("pocket")
     for model in models:
         if model not in MODELS: raise StudyError(f"corrections: {model!r} is not one of {', '.join(MODELS)}")
-        rng, settings = random.Random(1), load_recipe("pocket").qlora.of(model)
-        pairs = [dict(p, new=p["family"] in HELD_BACK) for p in (make_pair(rng, varied=.65) for _ in range(tokens//40))]
+        rng, settings = random.Random(1), recipe.qlora.of(model)
+        pairs = [dict(p, new=p["family"] in HELD_BACK) for p in (make_pair(rng, varied=recipe.data.varied) for _ in range(tokens//40))]
         unseen = [make_pair(rng, split="validation") for _ in range(rows)]
         for name, change in undone.items():
             with tempfile.TemporaryDirectory() as folder:

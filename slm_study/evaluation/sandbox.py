@@ -60,16 +60,17 @@ class Store:
             self.db.execute("BEGIN IMMEDIATE")
             try:
                 for j in jobs:
-                    self.db.execute("INSERT OR IGNORE INTO planned VALUES (?, ?)", (j.key, job_hash(j)))
-                    if self.db.execute("SELECT hash FROM planned WHERE key = ?", (j.key,)).fetchone()[0] != job_hash(j):
+                    content = job_hash(j)
+                    self.db.execute("INSERT OR IGNORE INTO planned VALUES (?, ?)", (j.key, content))
+                    if self.db.execute("SELECT hash FROM planned WHERE key = ?", (j.key,)).fetchone()[0] != content:
                         raise StudyError(f"{self.path}: {j.key} stands for another program there; remove the file or use another one")
                 self.db.execute("COMMIT")
             except BaseException: self.db.execute("ROLLBACK"); raise
 
     def add(self, key:str, outcome:Outcome)->Outcome: # the one recorded
         "Record an outcome; where another process was first, its outcome stays."
-        with self._says(): self.db.execute("INSERT OR IGNORE INTO outcome VALUES (?, ?)", (key, _pack(outcome)))
-        return self.get(key)
+        with self._says(): new = self.db.execute("INSERT OR IGNORE INTO outcome VALUES (?, ?)", (key, _pack(outcome))).rowcount
+        return outcome if new else self.get(key)
 
     def get(self, key:str)->Outcome|None:
         "A recorded outcome."

@@ -136,10 +136,10 @@ def finetune(
                       **dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False) if stop else {})
     if int(os.environ.get("RANK", 0)): return log # one process of several writes
     with atomic_folder(f"{out}_adapter") as folder: net.save_pretrained(folder)
-    seen, gaps = (check or training_rows(tokenizer, rows[:16], limit))[:16], {}
-    for into in sorted(("nf4", "base"), key=settings.merge_into.__eq__): # the one that is kept comes last
-        merged = merge(checkpoint, f"{out}_adapter", settings.model_copy(update=dict(merge_into=into)))
-        gaps[into] = merge_gap(net, merged, seen)
+    seen, other = (check or training_rows(tokenizer, rows[:16], limit))[:16], dict(nf4="base", base="nf4")[settings.merge_into]
+    gaps = {other: merge_gap(net, merge(checkpoint, f"{out}_adapter", settings.model_copy(update=dict(merge_into=other))), seen)} # let go before the one that is kept is made
+    merged = merge(checkpoint, f"{out}_adapter", settings)
+    gaps[settings.merge_into] = merge_gap(net, merged, seen)
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     save_checkpoint(merged, tokenizer, out, dict(made_by="finetune", base=Path(checkpoint).name, seed=seed, processes=processes, settings=settings.model_dump(mode="json"), merging=gaps, log=log))
     shutil.rmtree(f"{out}_training")

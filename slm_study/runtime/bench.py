@@ -8,10 +8,11 @@ __all__ = ['fed', 'device_cut_bench']
 # %% ../../nbs/40_runtime/02_bench.ipynb #afd263d9
 import tempfile, time
 from collections.abc import Callable, Sequence
+import numpy as np
 import pandas as pd
 import torch
 from ..models import config_for, load_checkpoint
-from ..recipes import MODELS, root
+from ..recipes import MODELS, load_recipe, root
 from ..finetuning.device import REAL
 from ..compression.audit import matmul_parameters
 from ..compression.bench import in_turns, median_interval, random_model
@@ -43,12 +44,12 @@ def device_cut_bench(
     shapes:dict|None=None    # other shapes: name -> (Size, number of tokens)
 ) -> pd.DataFrame: # model, size, weights (ratio of matmul parameters), time (ratio), time_over_weights with its 95 % interval low, high; ms_per_token of the whole
     "Half the channels and one outer matrix against the whole, in llama.cpp on one thread: shipped bases and original shapes."
-    rows = []
+    rows, cut = [], load_recipe("pocket").combined
     for name, size in [(m, s) for m in models for s in ("pocket", "original")]:
         whole = load_checkpoint(root()/"bases"/name)[0] if size == "pocket" else random_model(config_for(name, *(shapes or REAL)[name]), torch.float32)
         with tempfile.TemporaryDirectory() as d:
             export((whole, None), f"{d}/whole.gguf", type)
-            small, _ = share_embedding(prune_ffn(whole, .5), "scaled")
+            small, _ = share_embedding(prune_ffn(whole, cut.ratio, cut.norm), cut.merge)
             weights = matmul_parameters(small)/matmul_parameters(whole)
             del whole
             export((small, None), f"{d}/small.gguf", type)
@@ -58,5 +59,5 @@ def device_cut_bench(
                 for way in ways: way() # warm
                 full, less = in_turns(ways, repeats)
         ratio, low, high = median_interval(less/full)
-        rows.append((name, size, weights, ratio, ratio/weights, low/weights, high/weights, 1e3*float(pd.Series(full).median())/tokens))
+        rows.append((name, size, weights, ratio, ratio/weights, low/weights, high/weights, 1e3*float(np.median(full))/tokens))
     return pd.DataFrame(rows, columns=["model", "size", "weights", "time", "time_over_weights", "low", "high", "ms_per_token"])
