@@ -3,7 +3,8 @@ import json, os, random, re, subprocess, sys
 
 import pytest
 
-from slm_study.curation.corpus import make_pair
+from slm_study.curation.corpus import held_out_tasks, make_pair
+from slm_study.curation.prompts import render
 from slm_study.curation import questions
 from slm_study.curation.questions import AGGREGATES, held_out
 from slm_study.curation.slots import SLOT_COUNTS, SLOT_TOKENS, Column, fill_slots, program_to_slots, to_slots
@@ -142,6 +143,21 @@ def test_schema_split_shares_no_name_with_training():
     for _ in range(500):
         columns = [c for c in sample_pair(rng, "schema")[2] if c.kind != "file"]
         assert not {c.name.casefold().replace(" ", "_") for c in columns} & known
+
+def test_slots_do_not_depend_on_the_order_of_columns():
+    "A request and its program in slots are the same whatever order the table's columns, or the log's fields, stand in."
+    rng, shuffled = random.Random(5), 0
+    for task in held_out_tasks(120, 3, True):
+        files = [i for i, c in enumerate(task.columns) if c.kind == "file"]
+        if len(files) > 1 or len(task.columns) > 16: continue
+        rest = [c for c in task.columns if c.kind != "file"]
+        columns = (*(task.columns[i] for i in files), *rng.sample(rest, len(rest)))
+        prompt, slots = render(task.request, task.handover, columns)
+        assert prompt.split("\n")[1] == task.prompt.split("\n")[1]
+        said = set(re.findall(r"\b[CVNF]\d+\b", task.prompt.split("\n")[1]))
+        assert {s: slots[s] for s in said} == {s: task.slots[s] for s in said}
+        shuffled += columns != task.columns
+    assert shuffled > 40
 
 def test_pairs_are_linked_and_round_trip():
     rng, left = random.Random(9), 0

@@ -31,10 +31,10 @@ from .rows import STEPS, SourceRows, split_of
 
 # %% ../../nbs/10_curation/10_corpus.ipynb #c5dcf624
 def _held_back(families):
-    "One family in eight of each difficulty, at least one"
+    "One family in four of each difficulty"
     by = {}
     for f in sorted(families, key=lambda f: crc32(f.encode())): by.setdefault(families[f].difficulty, []).append(f)
-    return tuple(f for _, names in sorted(by.items()) for f in names[:max(1, round(len(names) / 8))])
+    return tuple(f for _, names in sorted(by.items()) for f in names[:round(len(names) / 4)])
 
 HELD_BACK = _held_back(FAMILIES)
 PRETRAIN_FAMILIES = tuple(f for f in FAMILIES if f not in HELD_BACK)

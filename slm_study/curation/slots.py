@@ -205,22 +205,29 @@ def _mentions(request, columns):
 
 # %% ../../nbs/10_curation/01_slots.ipynb #454f6947
 def _schema_slots(columns, mentions):
-    "Slots of the schema itself; of a very wide table the mentioned columns stay, then the first ones"
-    used, slots, seen = [i for *_, (kind, _, i) in mentions if i is not None], {}, set()
-    first = [i for i, c in enumerate(columns) if not (_key(c) in seen or seen.add(_key(c)))] # two logs may share a field
+    "Slots of the schema itself: what is mentioned, in that order, then the rest as it stands, as far as slots go"
+    said, slots = dict.fromkeys(_key(columns[i]) for *_, (_, _, i) in mentions if i is not None), {}
     for kind in "FC":
-        index = [i for i in first if (columns[i].kind == "file") == (kind == "F")]
-        index = sorted(sorted(index, key=lambda i: (i not in used, i))[:SLOT_COUNTS[kind]])
-        slots |= {f"{kind}{n}": _key(columns[i]) for n, i in enumerate(index)}
+        keys = dict.fromkeys(_key(c) for c in columns if (c.kind == "file") == (kind == "F")) # two logs may share a field
+        order = [k for k in said if k in keys] + [k for k in keys if k not in said]
+        slots |= {f"{kind}{n}": k for n, k in enumerate(order[:SLOT_COUNTS[kind]])}
     return slots
+
+def _in_order(columns, slot_of):
+    "Files by slot, each followed by its fields by slot; what has no slot is left out"
+    number, placed, file = (lambda c: int(slot_of[repr(_key(c))][1:])), [], -1
+    for c in columns:
+        if c.kind == "file": file = number(c) if repr(_key(c)) in slot_of else SLOT_COUNTS["F"]
+        if repr(_key(c)) in slot_of: placed.append((file, c.kind != "file", number(c), len(placed), c))
+    return [c for *_, c in sorted(placed, key=lambda p: p[:4])]
 
 def _key(column): return column.pattern or column.name # what the slot of a column stands for
 
 def _new_slot(slots, slot_of, kind, value):
     "The slot of a value, made where there is none yet; None where the kind is used up"
     slot = slot_of.get(repr(value))
-    if slot is None and (n := sum(k[0] == kind for k in slots)) < SLOT_COUNTS[kind] and kind != "C":
-        slot = slot_of[repr(value)] = f"{kind}{n}"
+    if slot is None and kind != "C" and (free := next((k for n in range(SLOT_COUNTS[kind]) if (k := f"{kind}{n}") not in slots), None)):
+        slot = slot_of[repr(value)] = free
         slots[slot] = value
     return slot
 
@@ -235,15 +242,16 @@ def to_slots(
     mentions = _mentions(request, known)
     slots = _schema_slots(known, mentions)
     slot_of = {repr(v): k for k, v in slots.items()}
-    for c in known:
-        if c.pattern and c.kind == "time" and repr(c.pattern) in slot_of: _new_slot(slots, slot_of, "V", c.values[0])
+    columns = _in_order(columns, slot_of)
+    for n, form in enumerate(dict.fromkeys(c.values[0] for c in columns if c.pattern and c.kind == "time" and repr(c.values[0]) not in slot_of), 1):
+        if n <= SLOT_COUNTS["F"]: slots |= {(slot := f"V{SLOT_COUNTS['V']-n}"): form}; slot_of[repr(form)] = slot
     beside, out, last = {}, "", 0
     for a, b, (kind, value, i) in mentions:
         slot = _new_slot(slots, slot_of, kind, value if kind in "VN" or i is None else _key(known[i]))
         if slot is None: continue
         if slot[0] == "V" and i is not None: beside.setdefault(_key(known[i]), []).append(slot)
         out, last = out + request[last:a] + slot, b
-    return Slotted(out + request[last:], _schema_line(columns, slot_of, beside), slots)
+    return Slotted(out + request[last:], _schema_line(columns, slot_of, beside, [known[i] for *_, (kind, _, i) in mentions if kind == "C"]), slots)
 
 # %% ../../nbs/10_curation/01_slots.ipynb #5eeb8ed7
 def handover_of(
@@ -252,14 +260,23 @@ def handover_of(
     "How the data is handed over, which the columns imply."
     return "file" if any(c.kind == "file" for c in columns) else "df" if columns else "none"
 
-def _schema_line(columns, slot_of, beside):
-    "`df C0 time C1 category V0`: slot, kind, mentioned values; of a raw log `file F0 log C0 time V0`, with the format of its times"
-    parts, shown, after = [handover_of(columns)], set(), None
+def _alike(a, b):
+    "Do the names of two fields say the same thing? Words or their synonyms, and perhaps one more"
+    a, b = ({min(w, *_SYNONYM.get(w, ())) if w in _SYNONYM else w for w in _words(c.name)} for c in (a, b))
+    return bool(a and b) and (a <= b or b <= a)
+
+def _schema_line(columns, slot_of, beside, said):
+    "`df C0 category V0 C1 time`: slot, kind, mentioned values; of a raw log `file F0 log C0 time V7`, with the format of its times"
+    parts, shown, after, fields = [handover_of(columns)], set(), None, set()
     for c in columns:
-        if c.kind == "file": after = c.name
-        slot = slot_of.get(repr(_key(c)))
-        if slot is None or (slot, c.pattern and after) in shown: continue
+        if c.kind == "file": after, fields = c.name, set()
+        slot = slot_of[repr(_key(c))]
+        if (slot, c.pattern and after) in shown: continue
         shown.add((slot, c.pattern and after))
+        fields.add(slot)
         if c.kind == "file": parts += [slot, *(v if v in ("csv", "jsonl") else "log" for v in c.values[:1])]
-        else: parts += [slot, c.kind, *(slot_of[repr(v)] for v in c.values[:1] if c.pattern and c.kind == "time" and repr(v) in slot_of), *dict.fromkeys(beside.get(_key(c), ()))]
+        else:
+            other = [slot_of[repr(_key(d))] for d in said if c.pattern and d.pattern and c not in said and d.kind == c.kind and _alike(c, d)]
+            parts += [slot, c.kind, *(slot_of[repr(v)] for v in c.values[:1] if c.pattern and c.kind == "time" and repr(v) in slot_of),
+                      *dict.fromkeys(s for s in other if s not in fields), *dict.fromkeys(beside.get(_key(c), ()))]
     return " ".join(parts)
