@@ -223,6 +223,7 @@ class Evaluation(_Part):
     latency_prompts: Positive = 60
     fixed_tokens: Positive = 64
     repeats: Positive = 40
+    budget_mib: Annotated[tuple[Positive, ...], AfterValidator(_unique)] = (256, 512, 1024, 2048) # limits of resident memory that every form of a variant is run under
     threads: Positive = 1
 
 # %% ../nbs/00_recipes.ipynb #846dac46

@@ -10,7 +10,7 @@ import json, os, subprocess, sys, threading
 from pathlib import Path
 
 from ..memory import status_mib
-from ..recipes import StudyError
+from ..recipes import Evaluation, StudyError
 from .arms import Arm
 
 # %% ../../nbs/50_evaluation/05b_budget.ipynb #060028ac
@@ -60,7 +60,7 @@ class Watch:
         if self.process.poll() is None: self.look()
 
 # %% ../../nbs/50_evaluation/05b_budget.ipynb #4cd1be04
-LIMITS = (256, 512, 1024, 2048) # MiB
+LIMITS = Evaluation().budget_mib # MiB
 
 def _one_core(pid): # the core it was put on; None where the system cannot
     try: os.sched_setaffinity(pid, {(cores := sorted(os.sched_getaffinity(0)))[os.getpid() % len(cores)]})
