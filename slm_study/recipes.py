@@ -159,13 +159,13 @@ class Pruning(_Part):
     ratio: Ratio = 0.25
     norm: Literal[1, 2] = 2
     heal_tokens: Count = 150_000 # trained on afterwards; 0 leaves the model unhealed
-    heal: Literal["lora", "full"] = "full" # adapters on the full-precision weights, or all weights
+    heal: Literal["lora", "full", "distill"] = "distill" # adapters on the full-precision weights, all weights, or all weights towards what the uncut model says
 
 class WeightSharing(_Part):
     "One matrix for embedding and head."
     merge: Literal["embedding", "head", "mean", "scaled"] = "scaled"
     heal_tokens: Count = 300_000
-    heal: Literal["lora", "full"] = "full" # lora trains the shared matrix as well
+    heal: Literal["lora", "full", "distill"] = "distill" # lora trains the shared matrix as well
 
 class EarlyExit(_Part):
     "Stop at a layer whose confidence passes tau."
@@ -187,7 +187,7 @@ class Combined(_Part):
     norm: Literal[1, 2] = 2
     merge: Literal["embedding", "head", "mean", "scaled"] = "scaled"
     heal_tokens: Count = 300_000
-    heal: Literal["lora", "full"] = "full"
+    heal: Literal["lora", "full", "distill"] = "distill"
     format: Literal["none", "nf4", "int8"] = "nf4"
 
 # %% ../nbs/00_recipes.ipynb #5ee90002

@@ -348,7 +348,7 @@ def test_a_killed_sweep_makes_no_point_twice(tmp_path):
     class Stub: # a bench whose trainings cost nothing
         s, recipe, batches = Sweep(ratios=(.25, .5), layers=(1,)), Recipe(name="x", pruning=Pruning()), [dict(input_ids=padded(0)[0], labels=padded(0)[0])]
         class cut: model = m
-        def make(self, p): return m, 10*p["healed"]
+        def make(self, p): return m, 10*p["healed"], "full"
     class Killed(Exception): pass
     def answers(model, stop):
         if len(asked) == stop: raise Killed

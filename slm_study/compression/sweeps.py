@@ -128,22 +128,30 @@ class Bench:
         self.rows = random.Random(seed).sample(rows, len(rows))
         self.cut, self.early = Cutter(model, self.batches, recipe.pruning.norm, seed), Cutter(pretrained, self.batches, recipe.pruning.norm, seed)
 
-    def train(self, model:PreTrainedModel, tokens:int, name:str) -> PreTrainedModel:
-        "A trained copy; blocks that share their weights are trained as one, which adapters cannot."
-        how = "full" if shared_blocks(model) else self.recipe.pruning.heal
+    def train(self, model:PreTrainedModel, tokens:int, name:str, how:str="full", teacher:PreTrainedModel|None=None) -> PreTrainedModel:
+        "A trained copy."
         rows = self.rows[:max(self.settings.batch_size, tokens//32)] # more than enough, at 32 tokens a row
-        net, _ = healed(model, self.tokenizer, rows, self.settings, self.work, name, tokens, how, seed=self.seed, save_strategy="no")
+        net, _ = healed(model, self.tokenizer, rows, self.settings, self.work, name, tokens, how, seed=self.seed, teacher=teacher, save_strategy="no")
         shutil.rmtree(self.work, ignore_errors=True)
         return net
 
-    def make(self, p:dict) -> tuple[PreTrainedModel, int]: # the point's model, tokens it was trained on after `model` or `pretrained`
+    def heal(self, model:PreTrainedModel, uncut:PreTrainedModel, name:str) -> tuple[PreTrainedModel, str]: # and how
+        "A healed copy, as the recipe prunes; blocks that share their weights are trained as one, which adapters cannot."
+        how = "full" if shared_blocks(model) and self.recipe.pruning.heal == "lora" else self.recipe.pruning.heal
+        return self.train(model, self.s.heal_tokens, name, how, uncut if how == "distill" else None), how
+
+    def make(self, p:dict) -> tuple[PreTrainedModel, int, str]: # the point's model, tokens it was trained on after `model` or `pretrained`, and how
         s, name = self.s, f"{p['kind']} {p['criterion']} {p['amount']:.3g}"
-        if p["kind"] != "order": return (self.train(self.cut(**p), s.heal_tokens, name), s.heal_tokens) if p["healed"] else (self.cut(**p), 0)
+        if p["kind"] != "order":
+            if not p["healed"]: return self.cut(**p), 0, ""
+            net, how = self.heal(self.cut(**p), self.cut.model, name)
+            return net, s.heal_tokens, how
         prune = lambda cutter: cutter("channels", "norm", s.order_ratio)
-        if p["criterion"] == "tune": return self.train(self.pretrained, s.order_tokens, name), s.order_tokens
-        if p["criterion"] == "prune, tune": return self.train(prune(self.early), s.order_tokens, name), s.order_tokens
+        if p["criterion"] == "tune": return self.train(self.pretrained, s.order_tokens, name), s.order_tokens, "full"
+        if p["criterion"] == "prune, tune": return self.train(prune(self.early), s.order_tokens, name), s.order_tokens, "full"
         tuned = self.train(self.pretrained, s.order_tokens - s.heal_tokens, name)
-        return self.train(prune(Cutter(tuned, [], self.recipe.pruning.norm)), s.heal_tokens, name), s.order_tokens
+        net, how = self.heal(prune(Cutter(tuned, [], self.recipe.pruning.norm)), tuned, name)
+        return net, s.order_tokens, f"full, then {how}"
 
 # %% ../../nbs/30_compression/05b_sweeps.ipynb #ac074b57
 def run_sweep(
@@ -159,9 +167,8 @@ def run_sweep(
     have, start, new = {key(p) for p in done}, time.perf_counter(), 0
     if have: print(f"sweep {name}: goes on after {len(done)} of {len(plan)} points", flush=True)
     for p in [p for p in plan if key(p) not in have]:
-        model, tokens = bench.make(p)
-        how = "full" if shared_blocks(model) else bench.recipe.pruning.heal
-        row = {**p, "tokens": tokens, "how": how if tokens else "", **measured(model, bench.batches, answers)}
+        model, tokens, how = bench.make(p)
+        row = {**p, "tokens": tokens, "how": how, **measured(model, bench.batches, answers)}
         done.append(row); keep_points(path, made_of, done); new += 1
         left = (time.perf_counter() - start)/new*(len(plan) - len(done))
         what = f"{p['kind']} {p['criterion']} {p['amount']:.3g}{', healed' if p['healed'] else ''}"

@@ -23,11 +23,12 @@ from ..records import atomic_write
 from ..recipes import TECHNIQUES, Recipe, StudyError
 
 # %% ../../nbs/30_compression/05_variants.ipynb #29ddb349
-def _healed(model, tokenizer, settings, recipe:Recipe, rows:list[dict], out:Path, name:str, seed:int, shared:bool=False):
-    "Save `model` at `out`, healed as `settings` (a part of the recipe) say, and unhealed beside it."
+def _healed(model, uncut, tokenizer, settings, recipe:Recipe, rows:list[dict], out:Path, name:str, seed:int, shared:bool=False):
+    "Save `model`, cut from `uncut`, at `out`, healed as `settings` (a part of the recipe) say, and unhealed beside it."
     if not settings.heal_tokens: return save_checkpoint(model, tokenizer, out)
     save_checkpoint(model, tokenizer, f"{out}_unhealed")
-    heal(model, tokenizer, rows, recipe.qlora.of(NAMES[architecture(model)]), out, f"heal {name}", settings.heal_tokens, settings.heal, shared, seed)
+    heal(model, tokenizer, rows, recipe.qlora.of(NAMES[architecture(model)]), out, f"heal {name}", settings.heal_tokens, settings.heal, shared, seed,
+         uncut if settings.heal == "distill" else None)
 
 def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:int):
     "Pruned, then tied, then healed once for both, then quantised."
@@ -36,7 +37,7 @@ def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:i
     if c.format != "none": check_quantizable(cut, c.format) # before the training, not after
     small, _ = share_embedding(cut, c.merge)
     step = out.with_name(f"{out.name}_healed") if c.format != "none" else out
-    _healed(small, tokenizer, c, recipe, rows, step, "combined", seed, shared=small is not cut)
+    _healed(small, model, tokenizer, c, recipe, rows, step, "combined", seed, shared=small is not cut)
     if c.format != "none": quantize(load_checkpoint(step)[0], tokenizer, out, c.format)
 
 # %% ../../nbs/30_compression/05_variants.ipynb #425984ed
@@ -84,11 +85,11 @@ def _cut(technique, recipe:Recipe, tuned:Path, rows, out:Path, seed:int):
     "The variants that are made of the tuned model's weights."
     model, tokenizer = load_checkpoint(tuned)
     if technique == "pruning_masked": save_checkpoint(prune_masked(model, recipe.pruning_masked.ratio, recipe.pruning_masked.norm), tokenizer, out)
-    if technique == "pruning": _healed(prune_ffn(model, recipe.pruning.ratio, recipe.pruning.norm), tokenizer, recipe.pruning, recipe, rows, out, technique, seed)
+    if technique == "pruning": _healed(prune_ffn(model, recipe.pruning.ratio, recipe.pruning.norm), model, tokenizer, recipe.pruning, recipe, rows, out, technique, seed)
     if technique == "weight_sharing":
         small, _ = share_embedding(model, recipe.weight_sharing.merge)
         if small is model: save_checkpoint(model, tokenizer, out) # tied already: nothing was cut, nothing is healed
-        else: _healed(small, tokenizer, recipe.weight_sharing, recipe, rows, out, technique, seed, shared=True)
+        else: _healed(small, model, tokenizer, recipe.weight_sharing, recipe, rows, out, technique, seed, shared=True)
     if technique == "quantization": quantize(model, tokenizer, out, recipe.quantization.format, recipe.quantization.double_quant)
     if technique == "combined": _combined(model, tokenizer, recipe, rows, out, seed)
 

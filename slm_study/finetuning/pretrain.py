@@ -184,6 +184,7 @@ def run_trainer(
     order:Callable=order_rows,  # rows, batch size, steps and seed to the rows of all steps
     callbacks:Sequence=(),      # more of Trainer's
     made_by:str="",             # what else the result depends on: checkpoints of another are set aside
+    trainer:Callable=Trainer,   # or one with another loss
     **given                     # TrainingArguments other than those below
 ) -> list[dict]: # Trainer's log: step, loss, eval_loss
     "Train with transformers' Trainer, in as many processes as `accelerate launch` started; resumes by itself."
@@ -198,7 +199,7 @@ def run_trainer(
         max_steps=steps, learning_rate=lr, warmup_steps=int(warmup*steps), lr_scheduler_type="cosine", use_cpu=not torch.cuda.is_available(), seed=seed, data_seed=seed,
         logging_steps=max(1, steps//20), logging_first_step=True, logging_nan_inf_filter=False, train_sampling_strategy="sequential", remove_unused_columns=False,
         report_to="none", disable_tqdm=True, dataloader_pin_memory=False, prediction_loss_only=True, **settings)
-    trainer = Trainer(model, args, collator, order(rows, batch_size, steps, seed), validation, callbacks=[ProgressLines(name, per_step), GiveWay(), *callbacks], optimizers=(optimizer, None))
+    trainer = trainer(model, args, collator, order(rows, batch_size, steps, seed), validation, callbacks=[ProgressLines(name, per_step), GiveWay(), *callbacks], optimizers=(optimizer, None))
     for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "NotebookProgressCallback")]: trainer.remove_callback(c)
     with args.main_process_first():
         if args.process_index == 0: _same_training(Path(out), _fingerprint(model, rows, name, tokens, batch_size, lr, warmup, seed, *([made_by, sorted(given.items())] if made_by or given else [])), name)
