@@ -53,6 +53,34 @@ def test_greedy_text_agrees(tokenizer, tmp_path, kind):
         z = model(torch.tensor([p + a[:at]])).logits[0, -1]
         assert (z[b[at]] - z[a[at]]) < .01*z.std()
 
+def sentencepiece(all_halves=True):
+    "A tokenizer as TinyLlama's: BPE over pieces with a mark for the space, bytes to fall back on, each token mergeable from any of its halves."
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    special, raw = ["<unk>", "<s>", "</s>"], [f"<0x{i:02X}>" for i in range(256)]
+    form = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    learn = Tokenizer(models.BPE()); learn.normalizer = form
+    learn.train_from_iterator(["import pandas as pd", "print(df['amount'].mean() + 123)", "for x in range(9): y = x**2", "the mean of the amounts in the range", "aaaa aaa aa"]*9, trainers.BpeTrainer(vocab_size=180, show_progress=False))
+    pieces = json.loads(learn.to_str())["model"]
+    vocab = {t: i for i, t in enumerate([*special, *raw, *sorted(pieces["vocab"], key=pieces["vocab"].get)])}
+    merges = [(t[:i], t[i:]) for t in vocab if t not in special + raw for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    if not all_halves: merges = [tuple(m) for m in pieces["merges"]]
+    t = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)); t.normalizer = form
+    t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    t.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in special])
+    return PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+def test_a_sentencepiece_tokenizer_survives_too(tmp_path):
+    "The kind that TinyLlama comes with: ids equal on odd texts and on random ones; one that llama.cpp would read otherwise is refused."
+    t, rng = sentencepiece(), np.random.default_rng(3)
+    texts = [*TEXTS, "</s>x <s> y", *("".join(rng.choice(list("aemn thripd=.()'\n\u00e9"), 40)) for _ in range(100))]
+    with Llama(export((net("tinyllama", t), t), tmp_path/"m.gguf", "f16")) as m:
+        for text in texts:
+            ids = t(text, add_special_tokens=False).input_ids
+            assert tokenize(m, text) == ids, text
+            if not set(ids) & {1, 2}: assert detokenize(m, ids).removeprefix(" ") == text.removeprefix(" "), text
+    with pytest.raises(StudyError, match="some of its halves"): export((net("tinyllama", t), sentencepiece(False)), tmp_path/"n.gguf", "f16")
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_file_tokenises_like_the_checkpoint(tokenizer, tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp()/"tok.gguf"
