@@ -3,7 +3,7 @@ import json, os, random, re, subprocess, sys
 
 import pytest
 
-from slm_study.curation.corpus import held_out_tasks, make_pair
+from slm_study.curation.corpus import held_out_tasks, make_pair, seen_before
 from slm_study.curation.prompts import render
 from slm_study.curation import questions
 from slm_study.curation.questions import AGGREGATES, held_out
@@ -158,6 +158,14 @@ def test_slots_do_not_depend_on_the_order_of_columns():
         assert {s: slots[s] for s in said} == {s: task.slots[s] for s in said}
         shuffled += columns != task.columns
     assert shuffled > 40
+
+def test_what_a_model_has_met_is_counted_as_it_reads():
+    tasks = held_out_tasks(20, 4, True)
+    own = [(t.prompt, program_to_slots(t.program, t.slots)) for t in tasks]
+    n = {s: sum(t.split == s for t in tasks) for s in {t.split for t in tasks}}
+    assert seen_before(tasks, own) == {s: [k, k, k] for s, k in n.items()}
+    assert seen_before(tasks, [(p, "pass") for p, _ in own]) == {s: [k, k, 0] for s, k in n.items()}
+    assert seen_before(tasks, [("df C0 number\nno such request\n<|program|>\n", "pass")]) == {s: [k, 0, 0] for s, k in n.items()}
 
 def test_pairs_are_linked_and_round_trip():
     rng, left = random.Random(9), 0

@@ -5,12 +5,12 @@ import pytest, torch
 from transformers import AutoModelForCausalLM
 
 from slm_study.recipes import Run, Size, StudyError
-from slm_study.records import METRICS, Metric, tidy, write_record
+from slm_study.records import METRICS, OPTIONAL, Metric, tidy, write_record
 from slm_study.models import config_for, save_checkpoint
 from slm_study.finetuning.pretrain import train_tokenizer
 from slm_study.evaluation.arms import Arm, TorchArm, work
 from slm_study.evaluation.budget import LIMITS, Watch, held, prove
-from slm_study.evaluation.efficiency import encode, in_turns, measure, summarise
+from slm_study.evaluation.efficiency import base_again, encode, in_turns, measure, summarise
 from slm_study.report.comparisons import budget_note, collect_outcomes, remarks, table_budget
 from slm_study.runtime.gguf import export
 
@@ -99,6 +99,10 @@ def test_base_against_base_is_not_named(measured):
     "A/A: the second base process stays within the noise that the machine has."
     metrics, raw = measured["base"]
     assert .75 < metrics["aa_ratio"].value < 1.35 and len(raw["fixed"]["twin"]) == SETTINGS["repeats"] and "time_ratio" not in metrics
+    again = {r["metric"]: r for r in base_again(raw)}
+    assert set(again) == set(metrics) - set(raw["sizes"]) - {"aa_ratio"} - set(OPTIONAL)
+    assert again["new_tokens"]["ratio"] == again["new_tokens"]["low"] == 1 and abs(again["mem_weights_mib"]["second"] - again["mem_weights_mib"]["first"]) < .01
+    assert all(r["low"] <= r["ratio"] <= r["high"] for r in again.values() if r["low"] is not None)
 
 @pytest.mark.parametrize("model", ["tinyllama", "starcoder"])
 def test_both_architectures_on_llama_cpp(tmp_path, model):

@@ -9,7 +9,7 @@ from slm_study.report.claims import VERDICTS, ledger, write_report
 from slm_study.report.figures import figure_1, figure_4a, figure_6a, figure_funnel, plt
 from slm_study.report.tables import NO_QUALITY, made_up_records, table_1, table_2, table_all, table_notes
 
-TABLES = [f"{t}.{s}" for t in ("table_1", "table_2", "table_notes", "table_all", "table_splits", "table_vs_base", "table_aa", "table_device") for s in ("csv", "md", "tex")]
+TABLES = [f"{t}.{s}" for t in ("table_1", "table_2", "table_notes", "table_all", "table_splits", "table_vs_base", "table_aa", "table_base_again", "table_device") for s in ("csv", "md", "tex")]
 FIGURES = [f"figure_{f}.{s}" for f in ("1", "2", "3", "4a", "4b", "5a", "5b", "6a", "6b", "quality_vs_time", "noise", "memory", "funnel") for s in ("svg", "png")]
 
 WITHOUT_TORCH = """

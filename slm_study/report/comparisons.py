@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RATIOS', 'MEMORY_MARGIN_MIB', 'NOT_MEASURED', 'collect_outcomes', 'made_up_outcomes', 'paired', 'with_process_noise',
-           'noise_band', 'time_verdict', 'table_aa', 'remarks', 'table_vs_base', 'smallest_effect', 'table_device',
-           'table_budget', 'budget_note', 'table_splits']
+           'noise_band', 'time_verdict', 'table_aa', 'table_base_again', 'remarks', 'table_vs_base', 'smallest_effect',
+           'table_device', 'table_budget', 'budget_note', 'table_splits']
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #4a510e29
 import json
@@ -21,14 +21,14 @@ from .tables import MISSING, UNPUBLISHED, cells, made_up_records, show, why_empt
 # %% ../../nbs/60_report/00b_comparisons.ipynb #7a11eb65
 def collect_outcomes(
     folder:str|Path # such as runs/pocket
-) -> dict[str, list[dict]]: # outcomes: model, technique, seed, backend, n, prompts, bits; repairs: model, technique, seed, repair and counts; budget: model, technique, seed and a row of `prove`
-    "Outcomes per prompt, repairs and memory budgets of each record below a folder."
-    out = dict(outcomes=[], repairs=[], budget=[])
+) -> dict[str, list[dict]]: # outcomes: model, technique, seed, backend, n, prompts, bits; repairs: model, technique, seed, repair and counts; budget: model, technique, seed and a row of `prove`; again: the same and a row of `base_again`
+    "Outcomes per prompt, repairs, memory budgets and base's second runs of each record below a folder."
+    out = dict(outcomes=[], repairs=[], budget=[], again=[])
     for path in sorted(Path(folder).glob("*/seed*/*/record.json")):
         r = read_record(path)
         run = {k: r["run"][k] for k in ("model", "technique", "seed")}
         out["outcomes"] += [{**run, "backend": b, **o} for b, o in (r["extra"].get("outcomes") or {}).items()]
-        for k in ("repairs", "budget"): out[k] += [{**run, **x} for x in r["extra"].get(k) or []]
+        for k in ("repairs", "budget", "again"): out[k] += [{**run, **x} for x in r["extra"].get(k) or []]
     return out
 
 def made_up_outcomes(
@@ -118,9 +118,23 @@ def table_aa(
                      "Farthest from 1": f"{here.value[(here.value - 1).abs().idxmax()]:.3f}"})
     return pd.DataFrame(rows, columns=["Model", "Backend", "Base against base, in base's run", "Within its interval", "All runs", "Farthest from 1"])
 
-# %% ../../nbs/60_report/00b_comparisons.ipynb #8eefb25d
+# %% ../../nbs/60_report/00b_comparisons.ipynb #5190671f
 MEMORY_MARGIN_MIB = 4. # what two processes with the same model may differ by
 
+def table_base_again(
+    again:list[dict]=() # from collect_outcomes
+) -> pd.DataFrame: # one row per model, backend and metric, text
+    "Every metric of base, measured twice: does the second differ by less than its interval?"
+    rows = []
+    for r in again:
+        exact = r["low"] is None
+        same = abs(r["second"] - r["first"]) <= (MEMORY_MARGIN_MIB if r["unit"] == "MiB" else 0) if exact else r["low"] <= 1 <= r["high"]
+        one, two = (show(dict(value=r[k], low=None), r["unit"]) for k in ("first", "second"))
+        rows.append({"Model": r["model"], "Backend": r["backend"], "Metric": METRICS[r["metric"]].about, "Unit": r["unit"], "Base": one, "Base again": two,
+                     "Ratio": MISSING if exact else show(dict(value=r["ratio"], low=r["low"], high=r["high"]), "x base"), "Within": f"yes, {MEMORY_MARGIN_MIB:.0f} MiB" if exact and same and r["unit"] == "MiB" else "yes" if same else "no"})
+    return pd.DataFrame(rows, columns=["Model", "Backend", "Metric", "Unit", "Base", "Base again", "Ratio", "Within"])
+
+# %% ../../nbs/60_report/00b_comparisons.ipynb #8eefb25d
 def _cell(ours, *key): return ours.loc[key] if key in ours.index else None
 
 def remarks(
