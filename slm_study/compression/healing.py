@@ -17,10 +17,7 @@ from ..finetuning.pretrain import ATTENTION, MuonAdamW, encode_all, run_trainer
 from ..models import input_embedding, save_checkpoint
 from ..recipes import QLoRA, StudyError
 
-# %% ../../nbs/30_compression/02b_healing.ipynb #87c4c243
-HEALS = ("lora", "full", "distill")
-FULL_LR = 0.005, 1e-3 # of matrices (Muon), of the rest (AdamW), when all weights are healed
-
+# %% ../../nbs/30_compression/02b_healing.ipynb #a52c76e5
 class Distillation(Trainer):
     "A Trainer whose loss is the divergence from a teacher, over all tokens that are not padding."
     def __init__(self, *args, teacher:PreTrainedModel, **kw):
@@ -35,6 +32,10 @@ class Distillation(Trainer):
         loss = F.kl_div(log_p(out.logits), log_p(want), log_target=True, reduction="batchmean") # nats per token
         return (loss, out) if return_outputs else loss
 
+# %% ../../nbs/30_compression/02b_healing.ipynb #87c4c243
+HEALS = ("lora", "full", "distill")
+FULL_LR = 0.005, 1e-3 # of matrices (Muon), of the rest (AdamW), when all weights are healed
+
 def _trainable(model, settings, how, shared, seed):
     "The network to train, and its optimizer (None: Trainer's AdamW)."
     if how != "lora":
@@ -45,6 +46,7 @@ def _trainable(model, settings, how, shared, seed):
     if shared: input_embedding(model).weight.requires_grad_(True)
     return net, None
 
+# %% ../../nbs/30_compression/02b_healing.ipynb #96235eec
 def healed(
     model:PreTrainedModel,              # in full precision; left as it is
     tokenizer:PreTrainedTokenizerBase,
