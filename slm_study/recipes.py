@@ -170,6 +170,7 @@ class WeightSharing(_Part):
 class EarlyExit(_Part):
     "Stop at a layer whose confidence passes tau."
     exits: tuple[Positive, ...] = (4, 6)  # after this many blocks
+    skipped: Literal["recompute", "propagate"] = "recompute" # keys and values of skipped blocks: made up when a later token goes deeper, or at once from the exit's state
     tau: Annotated[float, Field(gt=0, le=1)] | None = None # None: calibrated on validation data
     loss_pct: Annotated[float, Field(ge=0, lt=100)] = 1.0 # of validation programs, right at full depth and not with exits (less those won), when calibrated
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.99 # of exits with the full model, at the least, when calibrated
@@ -182,8 +183,9 @@ class Quantization(_Part):
     double_quant: bool = True # nf4: the scales as well
 
 class Combined(_Part):
-    "Channels removed, one matrix for embedding and head, healed, then quantised."
-    ratio: Ratio = 0.5
+    "Blocks and channels removed, one matrix for embedding and head, healed, then quantised."
+    blocks: Ratio = 0.  # of all, rounded: those of least influence
+    ratio: Ratio = 0.5  # of the channels of each block that is left
     norm: Literal[1, 2] = 2
     merge: Literal["embedding", "head", "mean", "scaled"] = "scaled"
     heal_tokens: Count = 300_000

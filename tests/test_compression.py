@@ -4,7 +4,8 @@ import pytest, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from slm_study.compression.audit import audit, compare
-from slm_study.compression.early_exit import ExitHeads, calibrate_tau, decode, decode_uncached, load_exits, save_exits, train_exits
+from slm_study.compression.early_exit import SKIPPED, ExitHeads, decode, decode_uncached, load_exits, save_exits
+from slm_study.compression.exit_training import calibrate_tau, train_exits
 from slm_study.compression.lossless import decode_lossless
 from slm_study.compression.pruning import ffn_scores, kept_channels, kept_width, mask_ffn, prune_ffn, prune_layers, prune_masked, prune_query_heads, query_head_scores, random_scores, row_masks
 from slm_study.compression.quantization import quantize
@@ -122,11 +123,12 @@ def test_full_depth_is_greedy_generate(model, tied):
         assert [decode(m, ids[r:r+1,mask[r].bool()], None, 30).tokens[0] for r in range(4)] == theirs
 
 @pytest.mark.parametrize("model,tied", KINDS)
-def test_cached_exits_equal_uncached(model, tied):
+@pytest.mark.parametrize("skipped", SKIPPED)
+def test_cached_exits_equal_uncached(model, tied, skipped):
     chance, seen = random.Random(0), set()
     for seed in range(3):
         m, (ids, mask) = make(model, tied, seed), padded(seed)
-        heads = ExitHeads.of(m, [1, 2, 3])
+        heads = ExitHeads.of(m, [1, 2, 3], skipped)
         for i in range(3): heads.maps[i].data += .1*torch.randn(64, 64)
         taus = [chance.choice([.05, .1, .2, .4, .8, .99]) for _ in range(25)]
         got = decode(m, ids, mask, 25, exits=heads, tau=taus)
@@ -152,21 +154,40 @@ def test_a_row_does_not_feel_its_batch():
 def test_cache_follows_changed_weights(model):
     "Folded key and value weights must not outlive the weights they were made from."
     m = make(model)
-    heads, (ids, _) = ExitHeads.of(m, [1]), padded(0)
+    heads, (ids, _) = ExitHeads.of(m, [1], "propagate"), padded(0)
     before = decode(m, ids[:1], None, 20, exits=heads, tau=.05)
     with torch.no_grad():
         for b in blocks(m):
             for p in b.parameters(): p.mul_(.7)
     after = decode(m, ids[:1], None, 20, exits=heads, tau=.05)
-    assert after.tokens == decode(m, ids[:1], None, 20, exits=ExitHeads.of(m, [1]), tau=.05).tokens != before.tokens
+    assert after.tokens == decode(m, ids[:1], None, 20, exits=ExitHeads.of(m, [1], "propagate"), tau=.05).tokens != before.tokens
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
 def test_half_precision_decodes(model, dtype):
     m = make(model).to(dtype)
     ids, mask = padded(0)
-    out = decode(m, ids, mask, 8, exits=ExitHeads.of(make(model), [2]), tau=.2)
-    assert [len(t) for t in out.tokens] == [8]*4
+    for way in SKIPPED:
+        out = decode(m, ids, mask, 8, exits=ExitHeads.of(make(model), [2], way), tau=.2)
+        assert [len(t) for t in out.tokens] == [8]*4
+
+@pytest.mark.parametrize("model,tied", KINDS)
+def test_recomputed_is_full_depth_but_for_the_exits(model, tied, monkeypatch):
+    "Exits that say what the full model says change nothing, however many are taken; what they skip is made up when a later token goes deeper, and not before."
+    from slm_study.compression import early_exit
+    m, (ids, _), written = make(model, tied), padded(0), []
+    full = decode(m, ids[:1], None, 30)
+    def told(z): # in the place of the exit's logits stands the full model's answer, and every third token leaves
+        z.zero_()[0, full.tokens[0][len(written)]] = 50.
+        return torch.tensor([float(len(written) % 3 == 1)])
+    def choose(logits, *given):
+        written.append(1)
+        return logits.argmax(-1)
+    monkeypatch.setattr(early_exit, "confidence", told); monkeypatch.setattr(early_exit, "choose", choose)
+    early = decode(m, ids[:1], None, 30, exits=ExitHeads.of(m, [1, 3]), tau=.5)
+    layers = early.layers_run[0]
+    assert early.tokens == full.tokens and set(layers) == {1, 4} and layers.count(1) == 10
+    assert early.late_blocks == (sum(3 for i, d in enumerate(layers) if d == 1 and 4 in layers[i+1:]),)
 
 def test_exits_on_disk(tmp_path):
     m = make("starcoder")

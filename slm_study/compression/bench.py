@@ -18,7 +18,8 @@ from ..models import blocks, config_for, load_checkpoint
 from ..curation.corpus import held_out_tasks, make_pair
 from ..finetuning.device import REAL
 from .audit import matmul_parameters, unique_parameters
-from .early_exit import ExitHeads, decode, exit_macs, train_exits
+from .early_exit import ExitHeads, decode, exit_macs
+from .exit_training import train_exits
 from .lossless import choose_draft, decode_lossless
 from .pruning import prune_ffn, prune_layers
 from .variants import training_batches
@@ -101,14 +102,16 @@ def exit_row(
     tau:float|list[float], # a list holds one per token
     texts:list[tuple[torch.Tensor, int]], # prompts [1, tokens], and how many tokens are decoded after each, at least 2
     repeats:int            # turns
-) -> dict: # in %: layers_run, skipped (layers), predicted (work saved), realised (time saved); realised_over_predicted with its 95 % interval low, high, and realised_over_skipped
+) -> dict: # in %: layers_run, skipped (layers), macs (of full depth, with what is caught up), predicted (weights not read), realised (time saved); realised_over_predicted with its 95 % interval low, high, and realised_over_skipped
     "Saving that arrives against saving that was promised, full depth and exits in turns."
-    depths = [d for ids, tokens in texts for d in decode(model, ids, None, tokens, ignore_eos=True, exits=exits, tau=tau).layers_run[0][1:]] # the first token comes from the prompt
+    runs = [decode(model, ids, None, tokens, ignore_eos=True, exits=exits, tau=tau) for ids, tokens in texts]
+    depths, late = [d for r in runs for d in r.layers_run[0][1:]], sum(r.late_blocks[0] for r in runs) # the first token comes from the prompt
     every = lambda **given: lambda: sum(_timed(model, ids, tokens, **given)() for ids, tokens in texts)
     full, early = in_turns([every(), every(exits=exits, tau=tau)], repeats)
-    ran, predicted = 100*sum(depths)/(len(depths)*exits.layers), 100 - exit_macs(model, exits, depths)["macs_pct"]
+    ran, price = 100*sum(depths)/(len(depths)*exits.layers), exit_macs(model, exits, depths, late)
+    predicted = 100 - price["weights_pct"]
     realised, low, high = (100*x for x in median_interval(1 - early/full))
-    return dict(layers_run=ran, skipped=100 - ran, predicted=predicted, realised=realised, realised_over_predicted=realised/predicted,
+    return dict(layers_run=ran, skipped=100 - ran, macs=price["macs_pct"], predicted=predicted, realised=realised, realised_over_predicted=realised/predicted,
                 low=low/predicted, high=high/predicted, realised_over_skipped=realised/(100 - ran))
 
 def exit_bench(

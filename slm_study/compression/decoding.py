@@ -54,8 +54,10 @@ class LlamaRunner(Runner):
         return [self._norm_of(b.input_layernorm), *(l.forward for l in (a.q_proj, a.k_proj, a.v_proj)),
                 a.o_proj.forward, self._norm_of(b.post_attention_layernorm), *(l.forward for l in (m.gate_proj, m.act_fn, m.up_proj, m.down_proj))]
     def _norm(self, w, h): return F.rms_norm(h, (self.hidden,), w, self.eps)
+    def turn(self, positions): # [rows, tokens] -> rope
+        return self.cos[positions][:,None], self.sin[positions][:,None]
     def embed(self, ids, positions): # both [rows, tokens] -> hidden [rows, tokens, hidden], rope
-        return self.embedding(ids), (self.cos[positions][:,None], self.sin[positions][:,None])
+        return self.embedding(ids), self.turn(positions)
     def qkv(self, i, h, rope): # -> q [rows, heads, tokens, head_dim], k and v [rows, kv_heads, tokens, head_dim]
         norm, q, k, v = self.parts[i][:4]
         x, (n, T, _) = self._norm(norm, h), h.shape
@@ -79,6 +81,7 @@ class BigCodeRunner(Runner):
     def _parts_of(self, b):
         return [self._norm_of(b.ln_1), b.attn.c_attn.forward, b.attn.c_proj.forward, self._norm_of(b.ln_2), *(l.forward for l in (b.mlp.c_fc, b.mlp.act, b.mlp.c_proj))]
     def _norm(self, wb, h): return F.layer_norm(h, (self.hidden,), *wb, self.eps)
+    def turn(self, positions): return None
     def embed(self, ids, positions): return self.embedding(ids) + self.wpe(positions), None
     def qkv(self, i, h, rope):
         norm, c_attn = self.parts[i][:2]
@@ -162,6 +165,7 @@ class Decoded:
     layers_run: list[list[int]] # blocks run for each new token; the first comes from the prompt, which runs them all
     prefill_s: float            # seconds until the first token's logits
     decode_s: float             # seconds for all further tokens
+    late_blocks: tuple[int, ...] = () # of each row: blocks run later for tokens that had left early
 
 def choose(
     logits:torch.Tensor, # [rows, vocab]

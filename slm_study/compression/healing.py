@@ -34,7 +34,7 @@ class Distillation(Trainer):
 
 # %% ../../nbs/30_compression/02b_healing.ipynb #87c4c243
 HEALS = ("lora", "full", "distill")
-FULL_LR = 0.005, 1e-3 # of matrices (Muon), of the rest (AdamW), when all weights are healed
+FULL_LR = 0.003, 3e-3 # of matrices (Muon), of the rest (AdamW), when all weights are healed
 
 def _trainable(model, settings, how, shared, seed):
     "The network to train, and its optimizer (None: Trainer's AdamW)."

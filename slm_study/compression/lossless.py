@@ -36,7 +36,7 @@ def _below(run, exits, at, token, column, cache, ask):
 def _above(run, at, states, column, cache):
     "Blocks above the exit on several places at once: the full model's choice at each."
     h, n = torch.cat(states, 1), len(states)
-    _, rope = run.embed(torch.zeros(1, n, dtype=torch.long, device=run.device), torch.arange(column, column+n, device=run.device)[None])
+    rope = run.turn(torch.arange(column, column+n, device=run.device)[None])
     mask = None if n == 1 else torch.ones(n, column+n, dtype=torch.bool, device=run.device).tril(column)[None,None]
     for i in range(at, run.layers): h = layer(run, i, h, rope, cache, column, mask)
     return run.logits(h[0]).argmax(-1).tolist()

@@ -37,8 +37,11 @@ def _points(records, model, backends):
     rows = []
     for b in backends:
         c = cells(records, b)
+        base = c.value.get((model, "base", "ms_per_token"))
         for t in TECHNIQUES:
-            x, y = ((model, t, k) for k in ("ms_per_token", "accuracy_pct"))
+            x, y, turns = ((model, t, k) for k in ("ms_per_token", "accuracy_pct", "time_ratio"))
+            if t != "base" and base is not None and turns in c.index: # taken in turns with base: the same minute for both
+                c.loc[x, ["value", "low", "high"]] = base*c.loc[turns, ["value", "low", "high"]].astype(float)
             if x in c.index and y in c.index: rows.append(dict(technique=t, backend=b, time=c.value[x], quality=c.value[y], **{f"{k}_{e}": c[e][key] for k, key in (("time", x), ("quality", y)) for e in ("low", "high")}))
     return pd.DataFrame(rows, columns=["technique", "backend", "time", "quality", "time_low", "time_high", "quality_low", "quality_high"])
 
@@ -47,7 +50,7 @@ _FILL = {"torch": "full", "llama.cpp-f16": "none", "llama.cpp": "left", "llama.c
 def figure_quality_vs_time(
     records:pd.DataFrame, # columns of records.csv
 ) -> np.ndarray: # [models, 2] axes: torch, llama.cpp
-    "Accuracy against time per token on both runtimes, with 95 % intervals and the front."
+    "Accuracy against time per token on both runtimes, with 95 % intervals and the front; a variant stands at base's time times its ratio to base."
     fig, axes = plt.subplots(len(MODELS), 2, figsize=(11, 7), sharey=True, layout="constrained")
     for (i, j), ax in np.ndenumerate(axes):
         points = _points(records, MODELS[i], [b for b in BACKENDS if (b == "torch") == (j == 0)])
@@ -147,7 +150,10 @@ def figure_tau(
         x = -np.log10(1 - r.tau.clip(upper=1 - 1e-6))
         for col, style, label in (("tokens_agree_pct", "-o", "tokens as the full model"), ("exits_agree_pct", "--s", "exits as the full model"), ("layers_run_pct", ":^", "layers run")):
             a.plot(x, r[col], style, color="black", markersize=4, markevery=3, label=label)
-        if "right_pct" in r and (free := r.right_pct.notna()).any(): a.plot(x[free], r.right_pct[free], "-D", color="#D55E00", markeredgecolor="black", label="right programs, written freely")
+        for col, style in (("right_pct", "-D"), ("right_pct_other", "--d")):
+            if col not in r or not (free := r[col].notna()).any(): continue
+            recomputed = "skipped" not in r or (r.skipped.iloc[0] == "recompute") == (col == "right_pct")
+            a.plot(x[free], r[col][free], style, color="#D55E00" if recomputed else "#0072B2", markeredgecolor="black", label=f"right programs, skipped keys {'recomputed' if recomputed else 'propagated'}")
         depth = [c for c in r.columns if c.startswith("exit_")] + ["full_pct"]
         depth = [c for c in depth if r[c].notna().any()]
         shades = plt.get_cmap("cividis")(np.linspace(.15, .95, len(depth)))

@@ -16,8 +16,7 @@ from ..recipes import MODELS, load_recipe, root
 from ..finetuning.device import REAL
 from ..compression.audit import matmul_parameters
 from ..compression.bench import in_turns, median_interval, random_model
-from ..compression.pruning import prune_ffn
-from ..compression.weight_sharing import share_embedding
+from ..compression.variants import combined_cut
 from .gguf import export
 from .llama_cpp import Llama
 
@@ -43,13 +42,13 @@ def device_cut_bench(
     type:str="q4_0",         # of the file, as runtime.gguf.TYPES
     shapes:dict|None=None    # other shapes: name -> (Size, number of tokens)
 ) -> pd.DataFrame: # model, size, weights (ratio of matmul parameters), time (ratio), time_over_weights with its 95 % interval low, high; ms_per_token of the whole
-    "Half the channels and one outer matrix against the whole, in llama.cpp on one thread: shipped bases and original shapes."
+    "What `combined` removes in the pocket recipe against the whole, in llama.cpp on one thread: shipped bases and original shapes."
     rows, cut = [], load_recipe("pocket").combined
     for name, size in [(m, s) for m in models for s in ("pocket", "original")]:
         whole = load_checkpoint(root()/"bases"/name)[0] if size == "pocket" else random_model(config_for(name, *(shapes or REAL)[name]), torch.float32)
         with tempfile.TemporaryDirectory() as d:
             export((whole, None), f"{d}/whole.gguf", type)
-            small, _ = share_embedding(prune_ffn(whole, cut.ratio, cut.norm), cut.merge)
+            small = combined_cut(whole, cut, [dict(input_ids=torch.arange(2, 34)[None])])
             weights = matmul_parameters(small)/matmul_parameters(whole)
             del whole
             export((small, None), f"{d}/small.gguf", type)
