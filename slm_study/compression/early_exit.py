@@ -97,10 +97,10 @@ class _Waiting:
         self.run, self.exits, self.column = run, exits.exits, column
         self.states = torch.zeros(len(self.exits), rows, room, run.hidden, device=run.device, dtype=run.dtype)
         self.first = [[column]*rows for _ in self.exits] # the first column that has not run the blocks above
-        self.late = [0]*rows
+        self.rows, self.late = list(range(rows)), [0]*rows # rows still there, and blocks run late of all
 
     def keep(self, alive, index):
-        self.states, self.first, self.late = self.states[:,index], [[f[j] for j in alive] for f in self.first], [self.late[j] for j in alive]
+        self.states, self.first, self.rows = self.states[:,index], [[f[j] for j in alive] for f in self.first], [self.rows[j] for j in alive]
 
     def note(self, e, h, start, column, rows):
         at = self.states[e,:,start-self.column:column+1-self.column]
@@ -108,10 +108,12 @@ class _Waiting:
         else: at[rows] = h
 
     def go_on(self, e, column, rows): # -> states to go on with, and the column of the first
-        on, first = range(len(self.late)) if rows is None else rows.tolist(), self.first[e]
+        on, first = range(len(self.rows)) if rows is None else rows.tolist(), self.first[e]
         start = min(first[r] for r in on)
         above = (*self.exits, self.run.layers)[e+1] - self.exits[e]
-        for r in on: first[r], self.late[r] = column + 1, self.late[r] + above*(column - start)
+        for r in on:
+            first[r] = column + 1
+            self.late[self.rows[r]] += above*(column - start)
         states = self.states[e,:,start-self.column:column+1-self.column]
         return (states if rows is None else states[rows]), start
 
@@ -172,9 +174,8 @@ def decode(
     ignore_eos:bool=False                 # for runs of equal length
 ) -> Decoded:
     "Decode a batch with a cache and, above `tau`, early exits; a row's result does not depend on the other rows."
-    run = runner(model)
+    run, (n, T) = runner(model), input_ids.shape
     if exits is not None and (exits.maps[0].dtype, exits.maps[0].device) != (run.dtype, run.device): exits = copy.deepcopy(exits).to(run.device, run.dtype)
-    n, T = input_ids.shape
     valid = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
     lengths = prompt_lengths(run, valid, max_new_tokens)
     check_exits(run, exits, tau, max_new_tokens)
@@ -183,7 +184,7 @@ def decode(
     if tau is None or tau == 1: exits = None
     fold = _folded(exits, run) if exits and exits.skipped == "propagate" else None
     waiting = _Waiting(run, exits, n, T, max(room)) if exits and not fold else None
-    cache, mask, late = new_cache(run, n, T + max(room)), None, [0]*n
+    cache, mask = new_cache(run, n, T + max(room)), None
     if not valid.all(): mask = F.pad(valid, (0, max(room)), value=True)[:,None,None]
     started = now(run.device)
     logits, depth = run.logits(prefill(run, input_ids, valid, cache)), [run.layers]*n
@@ -207,8 +208,7 @@ def decode(
         logits, depth = _step(run, chosen[:,None], positions.clamp(max=run.positions-1), cache, T+step,
                               None if mask is None else mask[...,:T+step+1], exits, limit, fold, waiting)
         positions = positions + 1
-        for r, l in zip(rows, waiting.late if waiting else ()): late[r] = l
-    return Decoded(tokens, reasons, layers, prefilled - started, now(run.device) - prefilled, tuple(late))
+    return Decoded(tokens, reasons, layers, prefilled - started, now(run.device) - prefilled, tuple(waiting.late if waiting else [0]*n))
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #058070fe
 @torch.inference_mode()
