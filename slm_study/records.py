@@ -95,6 +95,7 @@ METRICS = dict(
     mem_rest_mib=MetricInfo("MiB", "of the peak: everything else", True),
     energy_mj_per_token=MetricInfo("mJ", "energy per new token by the processor's counter (RAPL), a fixed number of tokens, reading the prompt included", True),
     layers_run_pct=MetricInfo("%", "layers executed per token, of those the model has", True),
+    layers_computed_pct=MetricInfo("%", "the same with those that were executed for several tokens at once counted for each", True),
     inference_success_pct=MetricInfo("%", "prompts answered by a program that the model ended itself", False),
     syntax_errors=MetricInfo("count", "programs that do not compile, as generated", True),
     valid_raw_pct=MetricInfo("%", "programs that compile, as generated", False),
@@ -109,7 +110,7 @@ METRICS = dict(
 )
 BACKENDS = {"torch": "PyTorch, 32-bit weights", "llama.cpp": "llama.cpp, 8-bit weights (q8_0)", "llama.cpp-f16": "llama.cpp, 16-bit weights", "llama.cpp-q4_0": "llama.cpp, 4-bit weights (q4_0)"}
 SPLIT_METRICS = {k.removeprefix("accuracy_").removesuffix("_pct"): k for k in METRICS if k.startswith("accuracy_") and k != "accuracy_pct"} # by split
-QUALITY = (*(k for k in METRICS if k.endswith("_pct") and k != "layers_run_pct"), "syntax_errors", "q_score", "q_score_keywords") # of programs; not there where evaluation.quality is off
+QUALITY = (*(k for k in METRICS if k.endswith("_pct") and not k.startswith("layers_")), "syntax_errors", "q_score", "q_score_keywords") # of programs; not there where evaluation.quality is off
 OPTIONAL = dict(energy_mj_per_token="no counter on this machine") # metrics that need what not every machine has, and what a table says without it
 COLUMNS = ("recipe", "model", "technique", "seed", "metric", "value", "low", "high", "n", "unit", "backend")
 

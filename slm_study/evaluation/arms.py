@@ -45,7 +45,7 @@ class TorchArm:
         mask = self.torch.tensor([[0]*(width - len(r)) + [1]*len(r) for r in rows]) if len(rows) > 1 else None
         got = self.decode(self.model, ids, mask, tokens, self.spec["eos"], ignore_eos=ignore_eos, **self.exits)
         if ignore_eos and len(got.tokens[0]) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {width}; lower evaluation.fixed_tokens")
-        return got.tokens, got.stop_reasons, got.prefill_s, got.decode_s, 100*float(np.mean(got.layers_run[0]))/self.layers
+        return got.tokens, got.stop_reasons, got.prefill_s, got.decode_s, tuple(100*(sum(got.layers_run[0]) + late)/(len(got.layers_run[0])*self.layers) for late in (0, got.late_blocks[0]))
 
 # %% ../../nbs/50_evaluation/04b_arms.ipynb #503c9b94
 class LlamaCppArm:
@@ -67,10 +67,10 @@ class LlamaCppArm:
         if len(rows) > 1:
             with self._open(len(rows)) as m:
                 self.llama.write_batch(m, rows, 2) # warm
-                return (r := self.llama.write_batch(m, rows, tokens))[0], [], *r[1:], 100.
+                return (r := self.llama.write_batch(m, rows, tokens))[0], [], *r[1:], (100., 100.)
         got = self.llama.write(self.model, rows[0], tokens, ignore_eos)
         if ignore_eos and len(got.tokens) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {len(rows[0])}; lower evaluation.fixed_tokens")
-        return [got.tokens], [got.stop_reason], got.prefill_s, got.decode_s, 100.
+        return [got.tokens], [got.stop_reason], got.prefill_s, got.decode_s, (100., 100.)
 
 # %% ../../nbs/50_evaluation/04b_arms.ipynb #17ba92fb
 def work(
@@ -86,7 +86,7 @@ def work(
     if kind == "free":
         start = time.perf_counter()
         tokens, why, prefill, _, layers = arm.run([at(i)], s["max_new_tokens"], False)
-        return dict(seconds=time.perf_counter() - start, prefill_s=prefill, new_tokens=len(tokens[0]), tokens=tokens[0], stop_reason=why[0], layers_pct=layers)
+        return dict(seconds=time.perf_counter() - start, prefill_s=prefill, new_tokens=len(tokens[0]), tokens=tokens[0], stop_reason=why[0], layers_pct=layers[0], computed_pct=layers[1])
     rows = [at(i)] if kind == "fixed" else [at(i + j) for j in range(s["batch"])]
     n = s["fixed_tokens"]
     _, _, prefill, rest, _ = arm.run(rows, n, True)
