@@ -6,7 +6,7 @@
 __all__ = ['TAUS', 'FREE_TAUS', 'train_exits', 'exit_statistics', 'tau_table', 'calibrate_tau', 'calibrate_programs']
 
 # %% ../../nbs/30_compression/04a_exit_training.ipynb #f1f38c11
-import itertools, random
+import copy, itertools, random
 from collections import deque
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ from ..recipes import StudyError
 from ..studies import give_way
 from ..models import blocks
 from .decoding import runner
-from .early_exit import ExitHeads, confidence, decode
+from .early_exit import SKIPPED, ExitHeads, confidence, decode
 
 # %% ../../nbs/30_compression/04a_exit_training.ipynb #60dfb6c2
 def _positions(batch): # left or right padding
@@ -139,20 +139,26 @@ def calibrate_programs(
     loss_pct:float=1.,   # of all programs: right at full depth and no longer right, less those won
     batch_size:int=64,
     taus=FREE_TAUS       # falling
-) -> tuple[float, pd.DataFrame]: # tau (1.0, no exit, if none keeps it); per tau tried: right_pct, lost_pct, won_pct, changed_pct of programs, free_layers_run_pct
+) -> tuple[float, pd.DataFrame]: # tau (1.0, no exit, if none keeps it); per tau tried: right_pct, lost_pct, won_pct, changed_pct of programs, free_layers_run_pct; and these with _other, skipped keys and values had the other way
     "Choose the threshold for a stated loss of right programs, in free decoding."
-    if not 0 <= loss_pct <= 100: raise StudyError(f"early_exit.loss_pct: {loss_pct} is not in [0, 100]; 1 lets one program in a hundred be lost")
+    if not 0 <= loss_pct < 100: raise StudyError(f"early_exit.loss_pct: {loss_pct} is not in [0, 100); 1 lets one program in a hundred be lost")
     if not rows: raise StudyError("early_exit: no validation program to calibrate tau on; pass some rows")
     order = sorted(range(len(rows)), key=lambda r: -len(rows[r][0]))
     longest = max(len(program) for _, program in rows) # what is longer is not right
     write = lambda **kw: _written(model, rows, order, eos_token_id, longest, batch_size, **kw)
     full, _ = write()
     right, pct, best, table = [t == r for t, (_, r) in zip(full, rows)], 100/len(rows), 1., []
-    for tau in taus:
-        early, layers = write(exits=exits, tau=tau)
+    other = copy.copy(exits) # the same weights
+    other.skipped = next(way for way in SKIPPED if way != exits.skipped)
+    def judged(heads, tau):
+        early, layers = write(exits=heads, tau=tau)
         still = [t == r for t, (_, r) in zip(early, rows)]
         lost, won = (pct*sum(a and not b for a, b in zip(*pair)) for pair in ((right, still), (still, right)))
-        table.append((tau, pct*sum(still), lost, won, pct*sum(a != b for a, b in zip(full, early)), layers))
+        return pct*sum(still), lost, won, pct*sum(a != b for a, b in zip(full, early)), layers
+    for tau in taus:
+        _, lost, won, *_ = ours = judged(exits, tau)
+        table.append((tau, *ours, *judged(other, tau)))
         if lost - won > loss_pct: break
         best = tau
-    return best, pd.DataFrame(table, columns=["tau", "right_pct", "lost_pct", "won_pct", "changed_pct", "free_layers_run_pct"], dtype=float)
+    names = ["right_pct", "lost_pct", "won_pct", "changed_pct", "free_layers_run_pct"]
+    return best, pd.DataFrame(table, columns=["tau", *names, *(f"{n}_other" for n in names)], dtype=float)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 from .audit import compare
-from .early_exit import SKIPPED, ExitHeads, save_exits
+from .early_exit import ExitHeads, save_exits
 from .exit_training import FREE_TAUS, calibrate_programs, calibrate_tau, train_exits
 from .healing import heal
 from .quantization import check_quantizable, quantize
@@ -48,7 +48,7 @@ def combined_cut(
 def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:int):
     "Pruned, then tied, then healed once for both, then quantised."
     c, q = recipe.combined, recipe.qlora.of(NAMES[architecture(model)])
-    small = combined_cut(model, c, training_batches(tokenizer, rows, min(q.max_length, model.config.max_position_embeddings), 16, 4, seed))
+    small = combined_cut(model, c, training_batches(tokenizer, rows, min(q.max_length, model.config.max_position_embeddings), 16, 4, seed) if c.blocks else [])
     step = out.with_name(f"{out.name}_healed") if c.format != "none" else out
     _healed(small, model, tokenizer, c, recipe, rows, step, "combined", seed, shared=not is_tied(model))
     if c.format != "none": quantize(load_checkpoint(step)[0], tokenizer, out, c.format)
@@ -80,10 +80,7 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     ids = lambda r: [[t for t, l in zip(r["input_ids"], r["labels"]) if (l == -100) == asked] for asked in (True, False)] # prompt, program
     programs = [ids(r) for r in encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in validation], limit)]
     tau, free = calibrate_programs(model, heads, programs, tokenizer.eos_token_id, s.loss_pct, taus=[t for t in FREE_TAUS if t >= floor])
-    heads.skipped = next(way for way in SKIPPED if way != s.skipped) # the other way, at the same thresholds
-    _, other = calibrate_programs(model, heads, programs, tokenizer.eos_token_id, 100., taus=free.tau)
-    heads.skipped = s.skipped
-    table = table.merge(free, on="tau", how="left").merge(other, on="tau", how="left", suffixes=("", "_other")).assign(skipped=s.skipped)
+    table = table.merge(free, on="tau", how="left").assign(skipped=s.skipped)
     save_checkpoint(model, tokenizer, out)
     save_exits(out, heads, s.tau or tau, loss_pct=s.loss_pct, agreement=s.agreement, calibrated=s.tau is None)
     table.to_json(out/"tau_sweep.json", orient="records", indent=1)
