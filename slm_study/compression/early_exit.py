@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..recipes import StudyError
 from ..records import atomic_write
 from ..models import blocks, final_norm
-from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rotate, runner
+from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rotate, runner, stretch
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #6fc820ef
 SKIPPED = ("recompute", "propagate") # how keys and values of skipped blocks come about
@@ -117,13 +117,6 @@ class _Waiting:
         states = self.states[e,:,start-self.column:column+1-self.column]
         return (states if rows is None else states[rows]), start
 
-def _view(run, positions, mask, rows, start, column): # -> rope and mask for columns start..column
-    if rows is not None: positions, mask = positions[rows], None if mask is None else mask[rows]
-    if start == column: return run.turn(positions), mask
-    back = torch.arange(column - start, -1, -1, device=run.device)
-    causal = torch.ones(len(back), column + 1, dtype=torch.bool, device=run.device).tril(start)
-    return run.turn((positions - back).clamp(min=0)), causal[None,None] if mask is None else causal & mask
-
 # %% ../../nbs/30_compression/04_early_exit.ipynb #c2d50eba
 def confidence(
     z:torch.Tensor # logits [.., vocab]
@@ -153,7 +146,7 @@ def _step(run, ids, positions, cache, column, mask, exits, tau, fold, waiting):
             h, rows = h[~sure], rows[~sure]
         before = start
         if waiting: h, start = waiting.go_on(e, column, rows)
-        if leaving or start != before: rope, at = _view(run, positions, mask, rows, start, column)
+        if leaving or start != before: rope, at = stretch(run, *((positions, mask) if rows is None else (positions[rows], mask if mask is None else mask[rows])), start, column)
     z = run.logits(h[:,-1])
     if rows is None: return z, depth
     logits[rows] = z

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 from ..recipes import StudyError
-from .decoding import Decoded, end_tokens, layer, new_cache, now, prefill, prompt_lengths, runner
+from .decoding import Decoded, end_tokens, layer, new_cache, now, prefill, prompt_lengths, runner, stretch
 from .early_exit import ExitHeads, decode
 
 # %% ../../nbs/30_compression/04b_lossless.ipynb #a9c806ca
@@ -36,8 +36,7 @@ def _below(run, exits, at, token, column, cache, ask):
 def _above(run, at, states, column, cache):
     "Blocks above the exit on several places at once: the full model's choice at each."
     h, n = torch.cat(states, 1), len(states)
-    rope = run.turn(torch.arange(column, column+n, device=run.device)[None])
-    mask = None if n == 1 else torch.ones(n, column+n, dtype=torch.bool, device=run.device).tril(column)[None,None]
+    rope, mask = stretch(run, torch.tensor([[column + n - 1]], device=run.device), None, column, column + n - 1)
     for i in range(at, run.layers): h = layer(run, i, h, rope, cache, column, mask)
     return run.logits(h[0]).argmax(-1).tolist()
 
