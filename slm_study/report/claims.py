@@ -293,7 +293,7 @@ def write_report(
     rows = outcomes.get("outcomes", [])
     ours = [(table_vs_base(records, rows), "table_vs_base", f"Every variant against base, which ran in turns with it: time, right answers on the same prompts (McNemar's test, Holm's correction over this table), memory. {smallest_effect(rows)}"),
             (table_aa(records), "table_aa", "Base against base, timed in turns: what a second process with the same model differs by. 1 is no difference; the intervals hold what processes add, estimated from all these runs of a backend together; answers are greedy, so they cannot differ."),
-            (table_base_again(outcomes.get("again", [])), "table_base_again", "Every metric of base, and of base again in a second process that worked in turns with the first: does the ratio's interval hold 1, or do two amounts of memory differ by no more than processes do?"),
+            (table_base_again(outcomes.get("again", [])), "table_base_again", "Every metric of base, and of base again in a second process that worked in turns with the first: does the ratio's 95 % interval, what processes add included, hold 1? If not, does it as one of so many intervals (Bonferroni)? Do two amounts of memory differ by no more than processes do?"),
             (table_device(records), "table_device", "Every variant on llama.cpp: llama.cpp 8-bit, llama.cpp-f16 16-bit, llama.cpp-q4_0 4-bit weights."),
             (table_splits(records), "table_splits", "Right answers by what a prompt has in common with the training: all (iid), or all but its words, combination, names, log format.")]
     return [*write_tables(records, out, note), *(p for df, name, caption in ours for p in write_table(df, Path(out)/name, f"{caption} {note}".strip())),
