@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SWEEP_CAPTIONS', 'CURVES', 'OWN_FIGURES', 'pareto', 'figure_quality_vs_time', 'figure_noise', 'figure_memory',
-           'figure_repairs', 'figure_tau', 'sweep_rows', 'figure_sparsity', 'table_sweep', 'table_order',
-           'collect_curves', 'write_own_figures']
+           'figure_repairs', 'figure_tau', 'sweep_rows', 'figure_sparsity', 'table_sweep', 'table_chance',
+           'table_order', 'collect_curves', 'write_own_figures']
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #cee3217f
 import json
@@ -171,7 +171,7 @@ _POINT = ["kind", "criterion", "amount", "healed"]
 
 def sweep_rows(
     points:list[dict] # model, seed, and what compression.sweeps.run_sweep gives
-) -> pd.DataFrame: # per point: counts, removed_pct, accuracy, low, high, exec_pct (%), loss (nats), difference, difference_low, difference_high (points)
+) -> pd.DataFrame: # per point: counts, removed_pct, accuracy, low, high, exec_pct (%), loss (nats); difference, difference_low, difference_high (points, to the uncut model); chance, chance_low, chance_high (points, to the same cut at random)
     "Rates, intervals and paired differences of a sweep."
     groups, rows = {}, []
     for p in sorted(points, key=lambda p: p["seed"]): groups.setdefault((p["model"], *(p[k] for k in _POINT)), []).append(p)
@@ -181,11 +181,13 @@ def sweep_rows(
         base = groups.get((model, "order", "tune", 0., True)) if point[0] == "order" else whole
         if not whole or not base or [p["seed"] for p in base] != [p["seed"] for p in mine]: raise StudyError(f"sweep of {model}: {' '.join(map(str, point))} has no uncut model of the same seeds beside it; run 3b_sweep again")
         right, first = yes(mine, "correct"), mine[0]
+        luck = groups.get((model, "channels", "random", *point[2:])) if point[0] == "channels" and point[1] != "random" else None
+        against = lambda to: tuple(100*x for x in paired_difference(right, yes(to, "correct"))) if to else (np.nan,)*3
         fewer = lambda k: 100*(1 - first[k]/whole[0][k])
         rows.append(dict(model=model, **dict(zip(_POINT, point)), how=first["how"], tokens=first["tokens"], seeds=len(mine), parameters=first["parameters"], matmul_parameters=first["matmul_parameters"],
                          removed_pct=fewer("parameters"), matmul_removed_pct=fewer("matmul_parameters"), n=len(right), accuracy=100*right.mean(), **dict(zip(("low", "high"), (100*x for x in wilson(int(right.sum()), len(right))))),
                          exec_pct=100*yes(mine, "executed").mean(), loss=float(np.mean([p["loss"] for p in mine])),
-                         **dict(zip(("difference", "difference_low", "difference_high"), (100*x for x in paired_difference(right, yes(base, "correct")))))))
+                         **dict(zip(("difference", "difference_low", "difference_high"), against(base))), **dict(zip(("chance", "chance_low", "chance_high"), against(luck)))))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #2995c72d
@@ -239,6 +241,18 @@ def table_sweep(
                     "Right, not healed (%)": show(False, _rate), "Right, healed (%)": show(True, _rate), "Healed against untouched (points)": show(True, _signed), "Loss, not healed": show(False, lambda r: f"{r.loss:.3f}"), "Loss, healed": show(True, lambda r: f"{r.loss:.3f}")})
     return pd.DataFrame(out)
 
+def table_chance(
+    rows:pd.DataFrame # columns of sweep_rows
+) -> pd.DataFrame: # strings, a row per model, criterion, ratio, healed or not; empty without a cut at random
+    "Does it matter which channels go? Every criterion against the same number drawn at random."
+    where, out = ["model", "amount", "healed"], []
+    loss = rows[(rows.kind == "channels") & (rows.criterion == "random")].set_index(where).loss
+    for r in rows[(rows.kind == "channels") & rows.chance.notna()].itertuples():
+        luck = loss[r.model, r.amount, r.healed]
+        out.append({"Model": MODEL_NAMES[r.model], "Chosen by": r.criterion, "Channels removed (%)": f"{100*r.amount:.1f}", "Healed": "yes" if r.healed else "no", "Right (%)": f"{r.accuracy:.1f}", "At random (%)": f"{r.accuracy - r.chance:.1f}",
+                    "More right (points)": f"{r.chance:+.1f} [{r.chance_low:+.1f}, {r.chance_high:+.1f}]", "Loss": f"{r.loss:.3f}", "Loss at random": f"{luck:.3f}", "Better in": ", ".join(k for k, better in (("right answers", r.chance > 0), ("loss", r.loss < luck)) if better) or "neither"})
+    return pd.DataFrame(out)
+
 def table_order(
     rows:pd.DataFrame # columns of sweep_rows
 ) -> pd.DataFrame: # strings, a row per model and order
@@ -246,7 +260,8 @@ def table_order(
     return pd.DataFrame([{"Model": MODEL_NAMES[r.model], "Order": r.criterion, "Channels removed (%)": f"{100*r.amount:.0f}", "Tokens in all": f"{r.tokens:,}", "Right (%)": _rate(r), "Ran (%)": f"{r.exec_pct:.1f}",
                           "Loss": f"{r.loss:.3f}", "Against tune (points)": "–" if r.criterion == "tune" else _signed(r)} for r in rows[rows.kind == "order"].itertuples()])
 
-SWEEP_CAPTIONS = dict(table_sweep="What each cut leaves of the tuned model, before and after healing with equally many tokens; the row `nothing` is the control for the extra training. 95 % intervals; differences on the same prompts.",
+SWEEP_CAPTIONS = dict(table_chance="Channels chosen by a criterion against as many drawn at random: right answers on the same prompts (95 % intervals of the paired difference), and the loss on validation programs (nats per token).",
+                      table_sweep="What each cut leaves of the tuned model, before and after healing with equally many tokens; the row `nothing` is the control for the extra training. 95 % intervals; differences on the same prompts.",
                       table_order="Prune first or tune first, with equally many tokens in all; `tune` removes nothing.")
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #085e39c7
