@@ -96,6 +96,7 @@ METRICS = dict(
     energy_mj_per_token=MetricInfo("mJ", "energy per new token by the processor's counter (RAPL), a fixed number of tokens, reading the prompt included", True),
     layers_run_pct=MetricInfo("%", "layers executed per token, of those the model has", True),
     layers_computed_pct=MetricInfo("%", "the same with those that were executed for several tokens at once counted for each", True),
+    layers_read_pct=MetricInfo("%", "weights read per token of the timed runs, those of exits that were asked among them, of full depth's", True),
     inference_success_pct=MetricInfo("%", "prompts answered by a program that the model ended itself", False),
     syntax_errors=MetricInfo("count", "programs that do not compile, as generated", True),
     valid_raw_pct=MetricInfo("%", "programs that compile, as generated", False),

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from slm_study.recipes import Run, Size, StudyError
 from slm_study.records import METRICS, OPTIONAL, Metric, tidy, write_record
-from slm_study.models import config_for, save_checkpoint
+from slm_study.models import blocks, config_for, lm_head, load_checkpoint, save_checkpoint
+from slm_study.compression.early_exit import ExitHeads, save_exits
 from slm_study.finetuning.pretrain import train_tokenizer
 from slm_study.evaluation.arms import Arm, TorchArm, work
 from slm_study.evaluation.budget import LIMITS, Watch, held, prove
@@ -134,6 +135,20 @@ def test_the_end_token_ends_a_free_run_and_not_a_fixed_one(base):
     arm = TorchArm(dict(spec, eos=tokens[stop]))
     early = work(arm, "free")
     assert early["stop_reason"] == "eos" and early["new_tokens"] == stop + 1 and work(arm, "fixed")["ms_per_token"] > 0
+
+@pytest.mark.parametrize("model", ["tinyllama", "starcoder"])
+def test_what_early_exit_promises_is_what_it_reads(tmp_path, model):
+    folder = save(tmp_path/"m", model)
+    net, layers = load_checkpoint(folder)[0], len(blocks(load_checkpoint(folder)[0]))
+    for tau, depth in ((1e-9, 1), (1., layers)): # every token leaves at once, or none does
+        save_exits(folder, ExitHeads.of(net, [1]), tau)
+        arm = TorchArm(dict(backend="torch", path=str(folder), prompts=[[5, 6, 7]], eos=None, early_exit=True, **{k: v for k, v in SETTINGS.items() if k != "repeats"}))
+        block, head = (sum(m.out_features*m.in_features for m in part.modules() if isinstance(m, torch.nn.Linear)) for part in (blocks(net)[0], lm_head(net)))
+        full, ask = layers*block + head, net.config.hidden_size**2 + head
+        promised = 100*(block + ask)/full if depth == 1 else 100
+        assert abs(work(arm, "fixed")["read_pct"] - promised) < 1e-9
+        free = work(arm, "free")
+        assert free["layers_pct"] <= free["computed_pct"] <= 100 and (free["layers_pct"] == 100) == (depth == layers)
 
 def test_a_torn_checkpoint_is_one_line(tmp_path):
     folder = save(tmp_path/"m")

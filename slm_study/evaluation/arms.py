@@ -27,7 +27,7 @@ class TorchArm:
         import torch
         from slm_study.models import load_checkpoint
         from slm_study.compression.audit import audit
-        from slm_study.compression.early_exit import decode, load_exits
+        from slm_study.compression.early_exit import decode, exit_macs, load_exits
         torch.set_num_threads(spec["threads"])
         self.spec, self.torch, self.decode, self.libraries_mib = spec, torch, decode, resident_mib()
         model, _ = load_checkpoint(spec["path"])
@@ -38,6 +38,7 @@ class TorchArm:
         self.weight_bytes, self.kv_bytes = a["weight_bytes"] + a["buffer_bytes"] + 4*heads, a["kv_bytes_per_token"]
         self.columns = max(map(len, spec["prompts"])) + max(spec["fixed_tokens"], spec["max_new_tokens"]) # of the longest run's cache
         self.sizes, self.layers = {**{k: a[k] + heads for k in ("parameters", "matmul_parameters")}, "disk_mib": a["disk_mib"]}, model.config.num_hidden_layers
+        self.read = {d: exit_macs(model, self.exits["exits"], [d])["weights_pct"] for d in (*self.exits["exits"].exits, self.layers)} if self.exits and self.exits["tau"] != 1 else {} # by depth; at 1 no exit is asked
 
     def run(self, rows, tokens, ignore_eos):
         width = max(map(len, rows))
@@ -45,7 +46,11 @@ class TorchArm:
         mask = self.torch.tensor([[0]*(width - len(r)) + [1]*len(r) for r in rows]) if len(rows) > 1 else None
         got = self.decode(self.model, ids, mask, tokens, self.spec["eos"], ignore_eos=ignore_eos, **self.exits)
         if ignore_eos and len(got.tokens[0]) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {width}; lower evaluation.fixed_tokens")
-        return got.tokens, got.stop_reasons, got.prefill_s, got.decode_s, tuple(100*(sum(got.layers_run[0]) + late)/(len(got.layers_run[0])*self.layers) for late in (0, got.late_blocks[0]))
+        return got.tokens, got.stop_reasons, got.prefill_s, got.decode_s, (got.layers_run[0], got.late_blocks[0])
+
+    def shares(self, ran, late): # what became of the layers, in % of full depth
+        run = lambda blocks: 100*blocks/(len(ran)*self.layers)
+        return dict(layers_pct=run(sum(ran)), computed_pct=run(sum(ran) + late), read_pct=float(np.mean([self.read.get(d, 100.) for d in ran])))
 
 # %% ../../nbs/50_evaluation/04b_arms.ipynb #503c9b94
 class LlamaCppArm:
@@ -67,10 +72,12 @@ class LlamaCppArm:
         if len(rows) > 1:
             with self._open(len(rows)) as m:
                 self.llama.write_batch(m, rows, 2) # warm
-                return (r := self.llama.write_batch(m, rows, tokens))[0], [], *r[1:], (100., 100.)
+                return (r := self.llama.write_batch(m, rows, tokens))[0], [], *r[1:], ()
         got = self.llama.write(self.model, rows[0], tokens, ignore_eos)
         if ignore_eos and len(got.tokens) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {len(rows[0])}; lower evaluation.fixed_tokens")
-        return [got.tokens], [got.stop_reason], got.prefill_s, got.decode_s, (100., 100.)
+        return [got.tokens], [got.stop_reason], got.prefill_s, got.decode_s, ()
+
+    def shares(self): return dict(layers_pct=100., computed_pct=100., read_pct=100.)
 
 # %% ../../nbs/50_evaluation/04b_arms.ipynb #17ba92fb
 def work(
@@ -86,11 +93,11 @@ def work(
     if kind == "free":
         start = time.perf_counter()
         tokens, why, prefill, _, layers = arm.run([at(i)], s["max_new_tokens"], False)
-        return dict(seconds=time.perf_counter() - start, prefill_s=prefill, new_tokens=len(tokens[0]), tokens=tokens[0], stop_reason=why[0], layers_pct=layers[0], computed_pct=layers[1])
+        return dict(seconds=time.perf_counter() - start, prefill_s=prefill, new_tokens=len(tokens[0]), tokens=tokens[0], stop_reason=why[0], **arm.shares(*layers))
     rows = [at(i)] if kind == "fixed" else [at(i + j) for j in range(s["batch"])]
     n = s["fixed_tokens"]
-    _, _, prefill, rest, _ = arm.run(rows, n, True)
-    return dict(prefill_ms=1e3*prefill, ms_per_token=1e3*rest/(n - 1)/len(rows))
+    _, _, prefill, rest, layers = arm.run(rows, n, True)
+    return dict(prefill_ms=1e3*prefill, ms_per_token=1e3*rest/(n - 1)/len(rows), **({"read_pct": arm.shares(*(layers and (layers[0][1:], 0)))["read_pct"]} if kind == "fixed" else {})) # the first token comes from the prompt
 
 # %% ../../nbs/50_evaluation/04b_arms.ipynb #73cf46b6
 def _end_with_parent():

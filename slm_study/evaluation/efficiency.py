@@ -135,7 +135,8 @@ def summarise(
            *(Metric(k, v, n=1, backend=B) for k, v in _memory(raw["memory"]).items())]
     energy = [1e3*r["energy_j"]/raw["settings"]["fixed_tokens"] for r in fixed["variant"] if "energy_j" in r]
     if energy: out.append(mean("energy_mj_per_token", energy))
-    return out + [mean(f"layers_{name}_pct", [s[key] for s in free]) for name, key in (("run", "layers_pct"), ("computed", "computed_pct")) if raw["early_exit"]]
+    if not raw["early_exit"]: return out
+    return out + [mean(f"layers_{name}_pct", [s[key] for s in runs]) for name, key, runs in (("run", "layers_pct", free), ("computed", "computed_pct", free), ("read", "read_pct", fixed["variant"]))]
 
 def base_again(
     raw:dict, # from measure

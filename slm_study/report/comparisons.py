@@ -159,6 +159,9 @@ def remarks(
             said = []
             ratio, verdict = get("time_ratio")[0], time_verdict(get("time_ratio")[0], band)
             if verdict in ("faster", "slower"): said.append(f"{verdict} per token: {show(ratio, 'x base')} of base, noise {band[0]:.2f} to {band[1]:.2f}")
+            if (read := get("layers_read_pct")[0]) is not None and ratio is not None and read["value"] < 100:
+                arrived = [100*(1 - ratio[k])/(100 - read["value"]) for k in ("value", "high", "low")]
+                said.append(f"of the {100 - read['value']:.0f} % of time that the weights not read promise, {arrived[0]:.2f} [{arrived[1]:.2f}, {arrived[2]:.2f}] arrive")
             mine, base = get("new_tokens")
             if mine is not None and base is not None and mine["high"] < base["low"]:
                 said.append(f"fewer tokens: {mine['value']:.0f} per sample against {base['value']:.0f}" + ("" if verdict == "faster" else ", not faster per token"))

@@ -62,7 +62,7 @@ def published(
     return rows.pivot(index="technique", columns="metric", values="printed").loc[rows.technique.unique(), rows.metric.unique()]
 
 # %% ../../nbs/60_report/00_tables.ipynb #5cd705c6
-NOT_FOR = dict(**dict.fromkeys(("layers_run_pct", "layers_computed_pct"), lambda technique, backend: technique != "early_exit" or backend != "torch"), # where a metric does not apply: a dash, no gap
+NOT_FOR = dict(**dict.fromkeys(("layers_run_pct", "layers_computed_pct", "layers_read_pct"), lambda technique, backend: technique != "early_exit" or backend != "torch"), # where a metric does not apply: a dash, no gap
                time_ratio=lambda technique, backend: technique == "base", same_text_pct=lambda technique, backend: backend == "torch",
                matmul_parameters=lambda technique, backend: backend != "torch")
 
@@ -73,7 +73,7 @@ def made_up_records(
     import numpy as np
     rng = np.random.default_rng(seed)
     typical = dict(parameters=2e6, matmul_parameters=1.8e6, disk_mib=8, latency_ms=260, ms_per_token=4.2, time_ratio=.95, aa_ratio=1.003, ms_per_token_batch8=1.1, prefill_ms=6, new_tokens=62,
-                   throughput_samples_s=3.6, peak_mem_mib=460, mem_libraries_mib=400, mem_weights_mib=8, mem_kv_mib=1, mem_rest_mib=40, layers_run_pct=80, layers_computed_pct=90, inference_success_pct=96, syntax_errors=7,
+                   throughput_samples_s=3.6, peak_mem_mib=460, mem_libraries_mib=400, mem_weights_mib=8, mem_kv_mib=1, mem_rest_mib=40, layers_run_pct=80, layers_computed_pct=90, layers_read_pct=92, inference_success_pct=96, syntax_errors=7,
                    valid_raw_pct=90, valid_pct=94, exec_pct=80, accuracy_pct=55, same_text_pct=95, **{k: 50. for k in METRICS if k.startswith("accuracy_") and k != "accuracy_pct"}, q_score=62, q_score_keywords=48)
     exact, rows = {k for k in METRICS if k.endswith(("parameters", "_mib", "errors"))}, []
     shrink = {"llama.cpp": .15, "llama.cpp-f16": .2, "llama.cpp-q4_0": .12} # of times and memory
