@@ -169,7 +169,7 @@ def _start(a): # what `slm-study run` was asked for, checked
 def _ask(a): # what `slm-study ask` was asked for, checked
     from slm_study.assistant.assistant import Assistant
     from slm_study.assistant.reader import read_data
-    for m in a.model or []: Run(a.recipe, m, out=a.runs)
+    for m in a.model or [None]: Run(a.recipe, m, out=a.runs)
     data, assistant = [read_data(p) for p in a.data], Assistant(a.model or (), a.recipe, a.runs, unsafe=a.unsafe_no_sandbox)
     if not a.request.strip(): raise StudyError("REQUEST: is empty; ask something, such as 'how many lines per level?'")
     def work():
