@@ -17,7 +17,7 @@ setuptools.setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=setuptools.find_packages(include=["slm_study", "slm_study.*"]),
-    package_data={"slm_study": ["curation/samples/*", "curation/wordings.txt"]},
+    package_data={"slm_study": ["curation/samples/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},

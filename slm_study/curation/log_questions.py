@@ -105,18 +105,14 @@ class LogQuestion(Question):
 
 # %% ../../nbs/10_curation/05d_log_questions.ipynb #e19b7d4a
 _SAY = {
-    "contains": ("with {v}", "containing {v}", "that mention {v}", "that contain {v}", "with {v} in them", "matching {v}", "that say {v}", "where {v} shows up", "including {v}", "in which {v} occurs"),
-    "lacks": ("without {v}", "that do not contain {v}", "not mentioning {v}", "that lack {v}", "free of {v}", "where {v} is absent", "that never say {v}", "in which {v} does not occur"),
-    "eq": ("where {c} is {v}", "with {c} {v}", "with {c} = {v}", "whose {c} is {v}", "for {c} {v}", "where {c} equals {v}", "when {c} is {v}",
-           "limited to {c} {v}", "that have {c} {v}", "belonging to {c} {v}", "if their {c} is {v}", "having {v} as {c}"),
-    "ne": ("where {c} is not {v}", "with {c} other than {v}", "with {c} != {v}", "whose {c} is not {v}", "without {c} {v}", "not counting {c} {v}",
-           "where {c} differs from {v}", "if their {c} is anything but {v}", "except for {c} {v}"),
-    "isin": ("where {c} is {v} or {w}", "with {c} {v} or {w}", "whose {c} is {v} or {w}", "when {c} is either {v} or {w}", "limited to {c} {v} and {w}", "that have {c} {v} or {w}", "having {v} or {w} as {c}"),
-    "gt": ("where {c} is above {v}", "with {c} over {v}", "with {c} > {v}", "whose {c} exceeds {v}", "with {c} greater than {v}", "when {c} is higher than {v}",
-           "with over {v} {c}", "that have {c} beyond {v}", "if {c} is more than {v}", "having more than {v} {c}"),
-    "lt": ("where {c} is below {v}", "with {c} under {v}", "with {c} < {v}", "whose {c} is less than {v}", "when {c} is lower than {v}", "with under {v} {c}", "that have {c} below {v}", "if {c} is fewer than {v}", "with {c} smaller than {v}"),
-    "after": ("after {v}", "since {v}", "later than {v}", "newer than {v}", "following {v}", "past {v}", "from {v} on"),
-    "before": ("before {v}", "until {v}", "earlier than {v}", "older than {v}", "preceding {v}", "prior to {v}", "up to {v}")}
+    "contains": ("with {v}", "containing {v}", "that mention {v}", "that contain {v}", "with {v} in them", "matching {v}", "in which {v} occurs"),
+    "lacks": ("without {v}", "that do not contain {v}", "not mentioning {v}", "that lack {v}", "in which {v} does not occur"),
+    "eq": ("where {c} is {v}", "with {c} {v}", "with {c} = {v}", "whose {c} is {v}", "for {c} {v}", "where {c} equals {v}", "having {v} as {c}"),
+    "ne": ("where {c} is not {v}", "with {c} other than {v}", "with {c} != {v}", "whose {c} is not {v}", "except for {c} {v}"),
+    "isin": ("where {c} is {v} or {w}", "with {c} {v} or {w}", "whose {c} is {v} or {w}", "having {v} or {w} as {c}"),
+    "gt": ("where {c} is above {v}", "with {c} over {v}", "with {c} > {v}", "whose {c} exceeds {v}", "with {c} greater than {v}", "having more than {v} {c}"),
+    "lt": ("where {c} is below {v}", "with {c} under {v}", "with {c} < {v}", "whose {c} is less than {v}", "with {c} smaller than {v}"),
+    "after": ("after {v}", "since {v}", "later than {v}", "from {v} on"), "before": ("before {v}", "until {v}", "earlier than {v}", "up to {v}")}
 
 def _choices(q):
     "The filters that fit this question: (operator, key of a field or None)"

@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['ALTERNATIVES', 'AGGREGATES', 'Question', 'held_out', 'normalise', 'belongs', 'allowed', 'say_column', 'say_value',
-           'condition', 'filtered', 'Family', 'more_wordings', 'family', 'word', 'say_aggregate', 'say_file', 'ask',
-           'reader', 'assemble']
+           'condition', 'filtered', 'Family', 'family', 'word', 'say_aggregate', 'say_file', 'ask', 'reader',
+           'assemble']
 
 # %% ../../nbs/10_curation/04_questions.ipynb #13433d78
-import functools
 import random
 import re
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
-import slm_study
 from .slots import Column
 from .worlds import Table, draw_table, draw_threshold, draw_moment
 
@@ -124,22 +121,14 @@ def say_value(
 
 # %% ../../nbs/10_curation/04_questions.ipynb #e6724160
 _PHRASES = {
-    "eq": ("where {c} is {v}", "with {c} {v}", "with {c} = {v}", "whose {c} is {v}", "for {c} {v}", "for {v}", "where {c} equals {v}", "when {c} is {v}",
-           "limited to {c} {v}", "that have {c} {v}", "only for {v}", "belonging to {c} {v}", "if their {c} is {v}", "having {v} as {c}"),
-    "ne": ("where {c} is not {v}", "with {c} other than {v}", "with {c} != {v}", "whose {c} is not {v}", "without {c} {v}", "not counting {c} {v}",
-           "where {c} differs from {v}", "if their {c} is anything but {v}", "that do not have {c} {v}", "except for {c} {v}"),
-    "isin": ("where {c} is {v} or {w}", "with {c} {v} or {w}", "for {v} and {w}", "whose {c} is {v} or {w}", "when {c} is either {v} or {w}",
-             "limited to {c} {v} and {w}", "that have {c} {v} or {w}", "only for {v} or {w}", "having {v} or {w} as {c}"),
-    "gt": ("where {c} is above {v}", "with {c} over {v}", "with {c} > {v}", "whose {c} exceeds {v}", "with {c} greater than {v}", "when {c} is higher than {v}",
-           "with over {v} {c}", "that have {c} beyond {v}", "if {c} is more than {v}", "with {c} past {v}", "that reach above {v} in {c}", "having more than {v} {c}"),
-    "lt": ("where {c} is below {v}", "with {c} under {v}", "with {c} < {v}", "whose {c} is less than {v}", "with {c} smaller than {v}", "when {c} is lower than {v}",
-           "with under {v} {c}", "that have {c} below {v}", "if {c} is fewer than {v}", "that stay below {v} in {c}", "having less than {v} {c}"),
-    "between": ("with {c} between {v} and {w}", "where {c} is between {v} and {w}", "with {c} from {v} to {w}", "when {c} is in the range {v} to {w}",
-                "with {v} to {w} {c}", "limited to {c} from {v} up to {w}", "whose {c} lies within {v} and {w}"),
-    "after": ("after {v}", "since {v}", "later than {v}", "with {c} after {v}", "newer than {v}", "following {v}", "when {c} is past {v}", "from {v} on"),
-    "before": ("before {v}", "until {v}", "with {c} before {v}", "older than {v}", "up to {v}", "preceding {v}", "when {c} is prior to {v}", "earlier than {v}"),
-    "contains": ("whose {c} contains {v}", "with {v} in {c}", "where {c} mentions {v}", "when {v} occurs in {c}", "whose {c} includes {v}",
-                 "with {c} containing {v}", "if {c} says {v}", "with a {c} that has {v} in it")}
+    "eq": ("where {c} is {v}", "with {c} {v}", "with {c} = {v}", "whose {c} is {v}", "for {c} {v}", "for {v}", "where {c} equals {v}", "having {v} as {c}"),
+    "ne": ("where {c} is not {v}", "with {c} other than {v}", "with {c} != {v}", "whose {c} is not {v}", "except for {c} {v}"),
+    "isin": ("where {c} is {v} or {w}", "with {c} {v} or {w}", "for {v} and {w}", "whose {c} is {v} or {w}", "having {v} or {w} as {c}"),
+    "gt": ("where {c} is above {v}", "with {c} over {v}", "with {c} > {v}", "whose {c} exceeds {v}", "with {c} greater than {v}", "having more than {v} {c}"),
+    "lt": ("where {c} is below {v}", "with {c} under {v}", "with {c} < {v}", "whose {c} is less than {v}", "with {c} smaller than {v}", "having less than {v} {c}"),
+    "between": ("with {c} between {v} and {w}", "where {c} is between {v} and {w}", "with {c} from {v} to {w}", "whose {c} lies within {v} and {w}"),
+    "after": ("after {v}", "since {v}", "later than {v}", "with {c} after {v}", "from {v} on"), "before": ("before {v}", "until {v}", "with {c} before {v}", "earlier than {v}"),
+    "contains": ("whose {c} contains {v}", "with {v} in {c}", "where {c} mentions {v}", "with a {c} that has {v} in it")}
 _CODES = {"eq": "df[{c}] == {v}", "ne": "df[{c}] != {v}", "isin": "df[{c}].isin([{v}, {w}])", "gt": "df[{c}] > {v}", "lt": "df[{c}] < {v}",
           "between": "df[{c}].between({v}, {w})", "after": "df[{c}] > {v}", "before": "df[{c}] < {v}", "contains": "df[{c}].str.contains({v})"}
 _BY_KIND = {"category": ("eq", "eq", "eq", "eq", "ne", "isin"), "number": ("gt", "gt", "lt", "lt", "between"), "time": ("after", "before"), "text": ("contains",)}
@@ -192,16 +181,10 @@ class Family:
     ordered: bool = False  # do the rows of the answer have an order?
     dirty: bool = False  # is its table filled with missing values and repeated rows?
 
-@functools.lru_cache(None)
-def more_wordings()-> dict: # name of a family -> tuple of wordings
-    "Further wordings, of slm_study/curation/wordings.txt."
-    text = (Path(slm_study.__file__).parent/"curation"/"wordings.txt").read_text(encoding="utf-8")
-    return {name: tuple(lines) for name, *lines in (part.strip().split("\n") for part in text.split("## ")[1:])}
-
 def family(
     difficulty:int, # 1 to 3
     needs:str, # "time category category number"
-    wordings:str, # one a line; the last two are for the test of phrasing
+    wordings:str, # one a line
     *,
     registry:dict, # where it goes
     ordered:bool=False, # do the rows of the answer have an order?
@@ -210,8 +193,7 @@ def family(
     "Register the decorated builder as a family under its own name."
     kinds = needs.split()
     def add(build):
-        own = [w.strip() for w in wordings.strip().split("\n")]
-        lines = (*own[:-2], *more_wordings().get(build.__name__, ()), *own[-2:])
+        lines = tuple(w.strip() for w in wordings.strip().split("\n"))
         registry[build.__name__] = Family(build.__name__, difficulty, tuple((k, kinds.count(k)) for k in dict.fromkeys(kinds)), lines, build, ordered, dirty)
         return build
     return add
