@@ -47,7 +47,7 @@ def better_first(
     right = records[(records.technique == "base") & (records.metric == "accuracy_pct") & (records.backend == "torch")].groupby("model").value.mean()
     return sorted(MODELS, key=lambda m: -right.get(m, 0.))
 
-# %% ../../nbs/70_assistant/01_assistant.ipynb #a309b857
+# %% ../../nbs/70_assistant/01_assistant.ipynb #f603c0f2
 @dataclass(frozen=True)
 class Reply:
     "What one model made of a question."
@@ -60,6 +60,7 @@ class Reply:
     writing_s: float  # seconds of the model
     running_s: float  # seconds of the program
 
+# %% ../../nbs/70_assistant/01_assistant.ipynb #84e5ae21
 class Assistant:
     "Models and a sandbox, ready for questions; use it in a `with`."
     def __init__(self,
