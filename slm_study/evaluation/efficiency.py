@@ -152,7 +152,8 @@ def base_again(
     out = []
     for m in (m for m in summarise(raw) if m.metric not in raw["sizes"] and m.metric != "aa_ratio" and m.metric not in OPTIONAL):
         ratio = second[m.metric]/m.value if m.value else None
-        if m.metric in pairs: low, high = bootstrap_median(each := [b/a for a, b in zip(*pairs[m.metric], strict=True)]); ratio = float(np.median(each))
+        if ratio is None: low = high = None # nothing to be a ratio of, such as no program finished
+        elif m.metric in pairs: low, high = bootstrap_median(each := [b/a for a, b in zip(*pairs[m.metric], strict=True)]); ratio = float(np.median(each))
         elif sums.get(m.metric): low, high = bootstrap_ratio(*sums[m.metric][::-1])
         else: low = high = None
         out.append(dict(backend=m.backend, metric=m.metric, unit=METRICS[m.metric].unit, first=m.value, second=second[m.metric], ratio=ratio, low=low, high=high))
