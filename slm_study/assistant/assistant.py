@@ -19,7 +19,7 @@ from ..curation.slots import fill_slots, handover_of
 from ..runtime.llama_cpp import Llama, detokenize, tokenize, write
 from ..evaluation.repair import repair
 from ..evaluation.sandbox import Limits, Sandbox
-from .reader import Data, as_said, read_data
+from .reader import Data, as_said
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #4504d7b3
 def weights(

@@ -103,8 +103,9 @@ def tell(
         return 1
     if best.answer: print(best.answer)
     for name, content in best.files.items(): note(f"wrote {_kept(Path(name).name, content)}")
-    if agree(replies): note(f"{best.model} and {', '.join(r.model for r in others)} agree")
-    for r in others if not agree(replies) else []:
+    same = agree(replies)
+    if same: note(f"{best.model} and {', '.join(r.model for r in others)} agree")
+    for r in () if same else others:
         note(f"{r.model} says otherwise, so check the program: {' '.join(r.answer.split())[:200] or 'nothing in words'}" if r.ran else f"only {best.model}'s program ran, so check it by --show-code")
     if not tuned: note("answered by the models that come with the project; after `make study` its tuned ones do, which are better")
     return 0
@@ -169,9 +170,9 @@ def _start(a): # what `slm-study run` was asked for, checked
 def _ask(a): # what `slm-study ask` was asked for, checked
     from slm_study.assistant.assistant import Assistant
     from slm_study.assistant.reader import read_data
+    if not a.request.strip(): raise StudyError("REQUEST: is empty; ask something, such as 'how many lines per level?'")
     for m in a.model or [None]: Run(a.recipe, m, out=a.runs)
     data, assistant = [read_data(p) for p in a.data], Assistant(a.model or (), a.recipe, a.runs, unsafe=a.unsafe_no_sandbox)
-    if not a.request.strip(): raise StudyError("REQUEST: is empty; ask something, such as 'how many lines per level?'")
     def work():
         with assistant: return tell(assistant.ask(a.request, data), a.show_code, assistant.tuned)
     return work

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import pandas as pd
 
-from ..curation.log_formats import guess_format, log_columns
+from ..curation.log_formats import guess_format, log_columns, share
 from ..curation.log_lines import FORMATS
 from ..curation.slots import Column, plural
 from ..recipes import StudyError
@@ -117,23 +117,23 @@ TIMES = ((rf"\d{{4}}-{_D}-{_D}T{_CLOCK}", "%Y-%m-%dT%H:%M:%S"), (rf"\d{{4}}-{_D}
          (rf"{_D}-{_D} {_CLOCK}", "%m-%d %H:%M:%S"), (_CLOCK, "%H:%M:%S")) # pattern and strptime format, the more telling first
 LEVELS = r"TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|SEVERE|CRITICAL|FATAL|ALERT"
 
-def _share(pattern, lines): return sum(bool(re.search(pattern, l)) for l in lines)/len(lines)
-
 def any_columns(
     lines:list[str] # of a log, not empty
 ) -> tuple: # of Column
     "Fields that can be told without knowing the format: time, level, address, keys, message."
     out, after = [], ""
-    if found := next(((p, f) for p, f in TIMES if _share(rf"^.{{0,40}}?{p}", lines) > .6), None):
+    if found := next(((p, f) for p, f in TIMES if share(rf"^.{{0,40}}?{p}", lines) > .6), None):
         out.append(Column("time", "time", (found[1],), f"({found[0]})")); after = rf"{found[0]}\S*"
     for levels in (LEVELS, LEVELS.lower(), LEVELS.title()):
-        if _share(rf"\b(?:{levels})\b", lines) > .3: out.append(Column("level", "category", (), rf"\b({levels})\b")); after = rf"\b(?:{levels})\b"; break
-    if _share(r"\b(?:\d{1,3}\.){3}\d{1,3}\b", lines) > .02: out.append(Column("address", "category", (), r"\b((?:\d{1,3}\.){3}\d{1,3})\b"))
+        if share(rf"\b(?:{levels})\b", lines) > .3: out.append(Column("level", "category", (), rf"\b({levels})\b")); after = rf"\b(?:{levels})\b"; break
+    address = r"\b((?:\d{1,3}\.){3}\d{1,3})\b"
+    if share(address, lines) > .02: out.append(Column("address", "category", (), address))
     keys = Counter(k for l in lines for k in dict.fromkeys(re.findall(r"(?<![\w.])([A-Za-z_]\w{0,30})=\W?[\w.:/@+-]", l)))
     for key, n in keys.most_common(10):
         if n < .02*len(lines): continue
-        number = all(re.fullmatch(r"-?\d+(\.\d+)?", v) for v in _found(rf"\b{key}=\W?([\w.:/@+-]+)", lines))
-        out.append(Column(key, "number" if number else "category", (), rf"\b{key}=\W?([\w.:/@+-]+)"))
+        pattern = rf"\b{key}=\W?([\w.:/@+-]+)"
+        number = all(re.fullmatch(r"-?\d+(\.\d+)?", v) for v in _found(pattern, lines))
+        out.append(Column(key, "number" if number else "category", (), pattern))
     return (*out, Column("message", "text", (), rf"{after}\W*(.*)" if after else "^(.*)"))
 
 # %% ../../nbs/70_assistant/00_reader.ipynb #b95c4d4a

@@ -48,7 +48,7 @@ class TorchArm:
         if ignore_eos and len(got.tokens[0]) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {width}; lower evaluation.fixed_tokens")
         return got.tokens, got.stop_reasons, got.prefill_s, got.decode_s, (got.layers_run[0], got.late_blocks[0])
 
-    def shares(self, ran, late): # what became of the layers, in % of full depth
+    def shares(self, ran, late=0): # what became of the layers, in % of full depth
         run = lambda blocks: 100*blocks/(len(ran)*self.layers)
         return dict(layers_pct=run(sum(ran)), computed_pct=run(sum(ran) + late), read_pct=float(np.mean([self.read.get(d, 100.) for d in ran])))
 
@@ -72,12 +72,12 @@ class LlamaCppArm:
         if len(rows) > 1:
             with self._open(len(rows)) as m:
                 self.llama.write_batch(m, rows, 2) # warm
-                return (r := self.llama.write_batch(m, rows, tokens))[0], [], *r[1:], ()
+                return (r := self.llama.write_batch(m, rows, tokens))[0], [], *r[1:], ([], 0)
         got = self.llama.write(self.model, rows[0], tokens, ignore_eos)
         if ignore_eos and len(got.tokens) < tokens: raise StudyError(f"fixed_tokens: {tokens} do not fit the model's positions after a prompt of {len(rows[0])}; lower evaluation.fixed_tokens")
-        return [got.tokens], [got.stop_reason], got.prefill_s, got.decode_s, ()
+        return [got.tokens], [got.stop_reason], got.prefill_s, got.decode_s, ([], 0)
 
-    def shares(self): return dict(layers_pct=100., computed_pct=100., read_pct=100.)
+    def shares(self, ran, late=0): return dict(layers_pct=100., computed_pct=100., read_pct=100.)
 
 # %% ../../nbs/50_evaluation/04b_arms.ipynb #17ba92fb
 def work(
@@ -96,8 +96,9 @@ def work(
         return dict(seconds=time.perf_counter() - start, prefill_s=prefill, new_tokens=len(tokens[0]), tokens=tokens[0], stop_reason=why[0], **arm.shares(*layers))
     rows = [at(i)] if kind == "fixed" else [at(i + j) for j in range(s["batch"])]
     n = s["fixed_tokens"]
-    _, _, prefill, rest, layers = arm.run(rows, n, True)
-    return dict(prefill_ms=1e3*prefill, ms_per_token=1e3*rest/(n - 1)/len(rows), **({"read_pct": arm.shares(*(layers and (layers[0][1:], 0)))["read_pct"]} if kind == "fixed" else {})) # the first token comes from the prompt
+    _, _, prefill, rest, (ran, _) = arm.run(rows, n, True)
+    took = dict(prefill_ms=1e3*prefill, ms_per_token=1e3*rest/(n - 1)/len(rows))
+    return took if kind == "batch" else took | dict(read_pct=arm.shares(ran[1:])["read_pct"]) # the first token comes from the prompt
 
 # %% ../../nbs/50_evaluation/04b_arms.ipynb #73cf46b6
 def _end_with_parent():

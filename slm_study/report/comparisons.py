@@ -23,14 +23,14 @@ def collect_outcomes(
     folder:str|Path # such as runs/pocket
 ) -> dict[str, list[dict]]: # outcomes: model, technique, seed, backend, n, prompts, bits; repairs: model, technique, seed, repair and counts; budget: model, technique, seed and a row of `prove`; again: the same and a row of `base_again`, its interval widened by what processes add
     "Outcomes per prompt, repairs, memory budgets and base's second runs of each record below a folder."
-    out, aa = dict(outcomes=[], repairs=[], budget=[], again=[]), []
+    out, metrics = dict(outcomes=[], repairs=[], budget=[], again=[]), []
     for path in sorted(Path(folder).glob("*/seed*/*/record.json")):
         r = read_record(path)
         run = {k: r["run"][k] for k in ("model", "technique", "seed")}
         out["outcomes"] += [{**run, "backend": b, **o} for b, o in (r["extra"].get("outcomes") or {}).items()]
         for k in ("repairs", "budget", "again"): out[k] += [{**run, **x} for x in r["extra"].get(k) or []]
-        aa += [m for m in r["metrics"] if m["metric"] == "aa_ratio" and (m["low"] or 0) > 0]
-    tau = process_noise(pd.DataFrame(aa, columns=["backend", "value", "low", "high"]))
+        metrics += r["metrics"]
+    tau = process_noise(pd.DataFrame(metrics, columns=["metric", "backend", "value", "low", "high"]))
     for x in out["again"]: # two processes here as well
         if x["low"] and x["backend"] in tau: x["low"], x["high"] = with_pairs(x["ratio"], x["low"], x["high"], tau[x["backend"]])
     return out
@@ -76,10 +76,11 @@ def paired(
 RATIOS = ("time_ratio", "aa_ratio") # between two processes
 
 def process_noise(
-    aa:pd.DataFrame # base against base: backend, value, low, high
+    records:pd.DataFrame # metric, backend, value, low, high
 ) -> dict[str, float]: # backend -> tau of `between_pairs`; a single pair tells nothing about pairs
-    "What processes add, backend by backend."
-    return {b: between_pairs(x.value, x.low, x.high) for b, x in aa.groupby("backend") if len(x) > 1}
+    "What processes add, backend by backend, as base against base shows it."
+    aa = records[records.metric == "aa_ratio"].astype(dict(low=float, high=float))
+    return {b: between_pairs(x.value, x.low, x.high) for b, x in aa[aa.low > 0].groupby("backend") if len(x) > 1}
 
 def with_process_noise(
     records:pd.DataFrame # of records.collect, with the narrow intervals
@@ -87,7 +88,7 @@ def with_process_noise(
     "Add what processes add to the intervals of ratios."
     records = records.copy()
     known = records[records.metric.isin(RATIOS) & (records.low > 0)]
-    tau = process_noise(known[known.metric == "aa_ratio"])
+    tau = process_noise(known)
     for i, r in known[known.backend.isin(tau)].iterrows(): records.loc[i, ["low", "high"]] = with_pairs(r.value, r.low, r.high, tau[r.backend])
     return records
 
@@ -115,14 +116,14 @@ def table_aa(
 ) -> pd.DataFrame: # one row per model and backend, text; empty where no A/A was taken
     "Base against base: by how much, within its interval or not, and in how many of all runs."
     aa, rows = records[records.metric == "aa_ratio"], []
-    holds = lambda r: (r.low <= 1) & (r.high >= 1)
-    together = [l <= 1 <= h for l, h in (all_at_once(r.value, r.low, r.high, len(aa)) for r in aa.itertuples())]
+    wide = [all_at_once(r.value, r.low, r.high, len(aa)) for r in aa.itertuples()]
+    aa = aa.assign(alone=(aa.low <= 1) & (aa.high >= 1), together=[low <= 1 <= high for low, high in wide])
     for backend, model in [(b, m) for b in BACKENDS for m in MODELS]:
         here = aa[(aa.backend == backend) & (aa.model == model)]
         if here.empty: continue
         own = here[here.technique == "base"]
         rows.append({"Model": model, "Backend": backend, "Base against base, in base's run": show(own.iloc[0], "x base") if len(own) else MISSING,
-                     "Within its interval": MISSING if own.empty else "yes" if holds(own).all() else "no", "All runs": f"{holds(here).sum()} of {len(here)} within theirs", f"All {len(aa)} at once": f"{sum(ok for ok, i in zip(together, aa.index) if i in here.index)} of {len(here)}",
+                     "Within its interval": MISSING if own.empty else "yes" if own.alone.all() else "no", "All runs": f"{here.alone.sum()} of {len(here)} within theirs", f"All {len(aa)} at once": f"{here.together.sum()} of {len(here)}",
                      "Farthest from 1": f"{here.value[(here.value - 1).abs().idxmax()]:.3f}"})
     return pd.DataFrame(rows, columns=["Model", "Backend", "Base against base, in base's run", "Within its interval", "All runs", f"All {len(aa)} at once", "Farthest from 1"])
 
@@ -135,7 +136,9 @@ def table_base_again(
     "Every metric of base, measured twice: does the second differ by less than its interval?"
     rows, m = [], sum(r["low"] is not None for r in again)
     def within(r):
-        if r["low"] is None: return (f"yes, {MEMORY_MARGIN_MIB:.0f} MiB" if r["unit"] == "MiB" else "yes") if abs(r["second"] - r["first"]) <= (MEMORY_MARGIN_MIB if r["unit"] == "MiB" else 0) else "no"
+        if r["low"] is None:
+            margin = MEMORY_MARGIN_MIB if r["unit"] == "MiB" else 0
+            return "no" if abs(r["second"] - r["first"]) > margin else f"yes, {margin:.0f} MiB" if margin else "yes"
         low, high = all_at_once(r["ratio"], r["low"], r["high"], m)
         return "yes" if r["low"] <= 1 <= r["high"] else f"yes, as one of {m}" if low <= 1 <= high else "no"
     for r in again:
