@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['EOS', 'PAD', 'config_for', 'architecture', 'blocks', 'input_embedding', 'lm_head', 'final_norm', 'is_tied', 'FFN',
-           'ffn', 'set_ffn_width', 'save_checkpoint', 'load_checkpoint', 'hub_folder', 'from_hub', 'disk_mib']
+           'ffn', 'set_ffn_width', 'save_checkpoint', 'load_checkpoint', 'hub_folder', 'from_hub', 'disk_mib',
+           'fast_bf16']
 
 # %% ../nbs/02_models.ipynb #9c6f310f
-import json, os
+import functools, json, os
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -163,3 +164,11 @@ def from_hub(
 def disk_mib(path:str|Path) -> float: # MiB
     "Size of a checkpoint's weight files."
     return sum(p.stat().st_size for p in Path(path).glob("*.safetensors"))/2**20
+
+# %% ../nbs/02_models.ipynb #4bb3d96e
+@functools.lru_cache(None)
+def fast_bf16() -> bool: # False: compute in fp32
+    "Does this machine multiply bf16 numbers natively?"
+    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
+    can = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(can.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -114,7 +114,7 @@ class QLoRA(_Part):
     dropout: Ratio = 0.05
     double_quant: bool = True
     targets: Literal["all", "published"] = "all"   # published: q_proj+v_proj on TinyLlama
-    compute: Literal["bf16", "fp16"] = "bf16"      # of the inner matrices
+    compute: Literal["auto", "bf16", "fp16"] = "auto" # of the inner matrices; auto: bf16 where the machine has instructions for it, else fp32
     loss_on: Literal["program", "text", "padding"] = "program" # text: prompt as well; padding: everything, as published
     lr: Annotated[float, Field(gt=0)] = 2e-3
     warmup_ratio: Ratio = 0.1

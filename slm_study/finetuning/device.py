@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
-from .adapters import TARGETS, add_adapters, fuse_adapters, give_back, lean_loss, load_4bit, needed_mib
+from .adapters import TARGETS, add_adapters, compute_type, fuse_adapters, give_back, lean_loss, load_4bit, needed_mib
 from .pretrain import encode_all, run_trainer, train_tokenizer, use_threads
 from ..memory import peak_mib
-from ..models import architecture, config_for, disk_mib, load_checkpoint, save_checkpoint
+from ..models import architecture, config_for, disk_mib, fast_bf16, load_checkpoint, save_checkpoint
 from ..recipes import MODELS, Pretrain, QLoRA, Size, StudyError
 from ..records import atomic_folder
 
@@ -80,9 +80,9 @@ def step_here(
 ) -> dict: # MiB and tokens/s
     "QLoRA steps on random tokens in this process; for one that was started for nothing else."
     use_threads()
-    settings = QLoRA(checkpointing=True)
+    settings = QLoRA(checkpointing=True, compute="bf16") # for its memory, also where it is slow
     libraries = peak_mib()
-    net = load_4bit(folder, outer=torch.bfloat16)
+    net = load_4bit(folder, compute="bf16", outer=torch.bfloat16)
     config, loaded = net.config, peak_mib()
     net = lean_loss(fuse_adapters(add_adapters(net, settings, seed=0), keep_mib=0)).train() # no 16-bit copy
     give_back(2**18)
@@ -148,16 +148,16 @@ def train_here(
     return dict(tokens_per_s=clock.steps*batch*mean/clock.seconds, rows_per_step=batch, steps=clock.steps)
 
 def _train_trl(folder, rows, n_rows, out, clock) -> int: # rows per step
-    "TRL's SFTTrainer with its defaults; only what to train on and for how long is given."
+    "TRL's SFTTrainer with its defaults; what to train on, for how long, and no bf16 where the machine has none."
     from trl import SFTConfig, SFTTrainer
     from datasets import Dataset
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_type("auto"))
     net = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, local_files_only=True)
     for m in net.modules():
         if isinstance(m, Linear4bit): m.support_avx512bf16_for_cpu = False # as ours: that path refuses narrow matrices
     q = QLoRA()
     lora = LoraConfig(r=q.r, lora_alpha=q.alpha, lora_dropout=q.dropout, task_type="CAUSAL_LM", target_modules=list(TARGETS[architecture(net), q.targets]))
-    args = SFTConfig(output_dir=f"{out}/trl", use_cpu=not torch.cuda.is_available(), report_to="none", disable_tqdm=True, save_strategy="no", max_steps=max(6, round(n_rows/8)))
+    args = SFTConfig(output_dir=f"{out}/trl", use_cpu=not torch.cuda.is_available(), report_to="none", disable_tqdm=True, save_strategy="no", bf16=fast_bf16(), max_steps=max(6, round(n_rows/8)))
     SFTTrainer(net, args, train_dataset=Dataset.from_list(rows), processing_class=load_checkpoint(folder)[1], peft_config=lora, callbacks=[clock]).train()
     return args.per_device_train_batch_size
 
