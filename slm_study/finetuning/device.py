@@ -80,9 +80,9 @@ def step_here(
 ) -> dict: # MiB and tokens/s
     "QLoRA steps on random tokens in this process; for one that was started for nothing else."
     use_threads()
-    settings = QLoRA(checkpointing=True, compute="bf16") # for its memory, also where it is slow
+    settings = QLoRA(checkpointing=True)
     libraries = peak_mib()
-    net = load_4bit(folder, compute="bf16", outer=torch.bfloat16)
+    net = load_4bit(folder, outer=torch.bfloat16)
     config, loaded = net.config, peak_mib()
     net = lean_loss(fuse_adapters(add_adapters(net, settings, seed=0), keep_mib=0)).train() # no 16-bit copy
     give_back(2**18)
@@ -92,7 +92,7 @@ def step_here(
     took = []
     for _ in range(steps+1):
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16): loss = net(input_ids=ids, labels=ids, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, fast_bf16()): loss = net(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward(); optimizer.step(); optimizer.zero_grad()
         took.append(time.perf_counter()-start)
     return dict(libraries_mib=libraries, loaded_mib=loaded, peak_mib=peak_mib(), estimated_mib=libraries+needed_mib(config, settings, *ids.shape, outer_bytes=2),
