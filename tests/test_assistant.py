@@ -1,4 +1,4 @@
-"Questions about real-looking files, from the shell: right answers, pictures, agreement, and one line for what cannot be."
+"Questions about real-looking files, from the shell: right answers, pictures, what the programs agree on, and one line for what cannot be."
 import gzip, os, subprocess, sys
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from slm_study.assistant.assistant import Reply, agree
+from slm_study.assistant.assistant import Assistant, Reply
 from slm_study.assistant.cli import main, tell
 from slm_study.assistant.reader import as_said, read_data
 from slm_study.curation.log_formats import FORMATS, fill_log
@@ -54,15 +54,39 @@ def test_every_known_format_is_read_with_its_fields(fmt, tmp_path):
 
 def test_a_picture_is_kept_under_a_name_that_was_free(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    reply = lambda model, answer, ran=True, **files: Reply(model, "print(1)", ran, answer, "" if ran else "ValueError: no", files, .01, .01)
-    for _ in range(2): assert tell([reply("a", "", **{"x.png": b"\x89PNG"}), reply("b", "2")], False, True) == 0
+    reply = lambda answer, votes=2, of=2, error="", unused=(), **files: Reply(answer, files, votes, of, "print(1)", "a", not error, error, unused, .01, .01)
+    for _ in range(2): assert tell([reply("", 1, **{"x.png": b"\x89PNG"}), reply("2", 1)], False, True) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x-2.png", "x.png"]
     out = capsys.readouterr()
-    assert out.out == "" and "b says otherwise" in out.err
-    assert tell([reply("a", "7"), reply("b", "7 ")], True, True) == 0 and agree([reply("a", "7"), reply("b", "7 ")])
-    out = capsys.readouterr()
-    assert out.out == "print(1)\n\n7\n" and out.err == "slm-study: a and b agree\n"
-    assert tell([reply("a", "", False), reply("b", "", False)], False, True) == 1
-    out = capsys.readouterr()
-    assert out.out == "" and "no program ran" in out.err and out.err.count("ValueError") == 2
-    assert not agree([reply("a", "7")]) and not agree([reply("a", "7"), reply("b", "7", False)])
+    assert out.out == "" and "1 of 2 programs say so" in out.err and "1 of 2: 2" in out.err
+
+def test_what_is_said_beside_an_answer(capsys):
+    reply = lambda answer, votes=2, of=2, error="", unused=(): Reply(answer, {}, votes, of, "print(1)", "a", not error, error, unused, .01, .01)
+    said = lambda *replies, show_code=False: (tell(list(replies), show_code, True), *capsys.readouterr())
+    assert said(reply("7"), show_code=True) == (0, "print(1)\n\n7\n", "slm-study: all 2 programs that were written say so\n")
+    assert said(reply("7", 1, 1)) == (0, "7\n", "") # nothing to compare it with
+    status, out, err = said(reply("7", 3, 5), reply("8 9", 1, 5), reply("", 1, 5, "ValueError: no"))
+    assert (status, out) == (0, "7\n") and "3 of 5" in err and "1 of 5: 8 9" in err and "ValueError" not in err
+    status, out, err = said(reply("7", unused=("3", "level")))
+    assert (status, out) == (0, "7\n") and "no use of '3', 'level'" in err and "say so" not in err
+    status, out, err = said(reply("", 1, 2, "ValueError: no"), reply("", 1, 2, "KeyError: 'a'"))
+    assert (status, out) == (1, "") and "no program ran (ValueError: no; KeyError: 'a')" in err and len(err.splitlines()) == 1
+
+def test_words_of_the_log_need_no_quotes(folder):
+    "As people ask; the answers are counted here, by other means."
+    text = (folder/"openssh.log").read_text()
+    with Assistant(runs=str(folder/"runs")) as assistant:
+        told = lambda request: assistant.ask(request, [read_data(folder/"openssh.log")])[0]
+        assert told("how many failed password lines are there?").answer == str(sum("Failed password" in l for l in text.splitlines()))
+        assert told("count the lines that mention accepted password").answer == str(sum("Accepted password" in l for l in text.splitlines()))
+
+def test_no_program_names_a_slot_that_has_no_value(folder):
+    with Assistant(runs=str(folder/"runs")) as assistant:
+        for model in assistant.models:
+            texts = lambda slots: [assistant.write(model, "df C0 category\ntop N0 C0\n<|program|>\n", slots, draw)[1] for draw in range(4)]
+            assert all("N0" in t for t in texts({"C0": "queue", "N0": 3})) and not any("N0" in t for t in texts({"C0": "queue"}))
+
+@pytest.mark.parametrize("args, says", [(["--draws", "-1"], "draws: -1"), (["--draws", "x"], "--draws")])
+def test_draws_that_cannot_be(folder, args, says):
+    done = ask(folder, "how many lines are there?", "--data", str(folder/"openssh.log"), *args)
+    assert done.returncode == 2 and says in done.stderr

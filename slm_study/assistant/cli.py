@@ -72,12 +72,13 @@ def run_study(
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #a5c0de02
 def _add_ask(commands):
-    a = commands.add_parser("ask", help="ask a question about a log or a table", description="Both models of a study write a program that answers, which runs in the sandbox on a copy of the data. Without a finished study the models that come with the project answer.",
+    a = commands.add_parser("ask", help="ask a question about a log or a table", description="The models of a study write programs that answer, which run in the sandbox on a copy of the data; the answer that most of them give is printed. Without a finished study the models that come with the project answer. What a log says may be written in quotes, as the log writes it.",
                             epilog="examples:  slm-study ask 'top 5 addresses' --data auth.log    |    slm-study ask 'mean latency per host' --data requests.csv --show-code")
     a.add_argument("request", metavar="REQUEST", help="what you want to know, in English")
     a.add_argument("--data", action="append", default=[], metavar="FILE", help="a log, CSV or JSON-lines file, perhaps .gz; may be repeated for questions about several logs")
     a.add_argument("--show-code", action="store_true", help="print the program before its answer")
     a.add_argument("--model", action="append", help="only this model; default: both, the better first")
+    a.add_argument("--draws", type=int, default=5, metavar="N", help="programs that each model writes beside its likeliest, so that their answers can be compared; default: 5")
     a.add_argument("--recipe", default="pocket", help="whose models; default: pocket")
     a.add_argument("--runs", default="", help="working folder of the study; default: runs/<recipe>")
     a.add_argument("--unsafe-no-sandbox", action="store_true", help="run the program without isolation")
@@ -94,19 +95,19 @@ def tell(
     tuned:bool      # by a study?
 ) -> int: # 0 an answer, 1 none
     "Print an answer, and beside it what there is to know of it."
-    from slm_study.assistant.assistant import agree
     best, *others = replies
     note = lambda text: print(f"slm-study: {text}", file=sys.stderr)
     if show_code: print(best.program.strip() + "\n")
     if not best.ran:
-        note("no program ran (" + "; ".join(f"{r.model}: {r.error}" for r in replies) + "); say it in other words, or see what was tried by --show-code")
+        note("no program ran (" + "; ".join(dict.fromkeys(r.error for r in replies)) + "); say it in other words, or see what was tried by --show-code")
         return 1
     if best.answer: print(best.answer)
     for name, content in best.files.items(): note(f"wrote {_kept(Path(name).name, content)}")
-    same = agree(replies)
-    if same: note(f"{best.model} and {', '.join(r.model for r in others)} agree")
-    for r in () if same else others:
-        note(f"{r.model} says otherwise, so check the program: {' '.join(r.answer.split())[:200] or 'nothing in words'}" if r.ran else f"only {best.model}'s program ran, so check it by --show-code")
+    if best.unused: note(f"this makes no use of {', '.join(map(repr, best.unused))} and is probably wrong; say it in other words, or check the program")
+    elif best.votes == best.of > 1: note(f"all {best.of} programs that were written say so")
+    elif best.of > 1:
+        note(f"{best.votes} of {best.of} programs say so, so check it by --show-code")
+        for r in [r for r in others if r.ran][:2]: note(f"{r.votes} of {r.of}{' that leave something out' if r.unused else ''}: {' '.join(r.answer.split())[:200] or 'a file'}")
     if not tuned: note("answered by the models that come with the project; after `make study` its tuned ones do, which are better")
     return 0
 
@@ -172,7 +173,7 @@ def _ask(a): # what `slm-study ask` was asked for, checked
     from slm_study.assistant.reader import read_data
     if not a.request.strip(): raise StudyError("REQUEST: is empty; ask something, such as 'how many lines per level?'")
     for m in a.model or [None]: Run(a.recipe, m, out=a.runs)
-    data, assistant = [read_data(p) for p in a.data], Assistant(a.model or (), a.recipe, a.runs, unsafe=a.unsafe_no_sandbox)
+    data, assistant = [read_data(p) for p in a.data], Assistant(a.model or (), a.recipe, a.runs, a.draws, unsafe=a.unsafe_no_sandbox)
     def work():
         with assistant: return tell(assistant.ask(a.request, data), a.show_code, assistant.tuned)
     return work

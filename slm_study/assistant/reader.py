@@ -106,7 +106,9 @@ def as_said(
         name = max((c.name, *ways), key=lambda n: (n in ways, len(n)))
         taken.add(name)
         return replace(c, name=name)
-    return tuple(c if c.kind == "file" else called(c) for c in data.columns)
+    named = tuple(c if c.kind == "file" else called(c) for c in data.columns)
+    fields = {c.name.lower() for c in named} # somebody may be called "user": the word means the field
+    return tuple(replace(c, values=tuple(v for v in c.values if str(v).lower() not in fields)) if c.kind == "category" else c for c in named)
 
 # %% ../../nbs/70_assistant/00_reader.ipynb #ddb36e74
 _D = r"\d\d"
