@@ -108,8 +108,11 @@ def attend(
 ) -> torch.Tensor: # [rows, tokens, heads*head_dim]
     "Grouped attention."
     n, H, T, D = q.shape
-    if T == 1: # the heads of one group become the sequence: same keys, same mask
-        return F.scaled_dot_product_attention(q.reshape(n, run.kv_heads, H//run.kv_heads, D), k, v, attn_mask=mask).reshape(n, 1, H*D)
+    group = H//run.kv_heads
+    if T == 1 or mask is not None and group > 1: # the heads of one group become one sequence, so that no key is copied: same keys, same mask for each head
+        many = mask if mask is None or T == 1 else mask.tile(1, 1, group, 1)
+        o = F.scaled_dot_product_attention(q.reshape(n, run.kv_heads, group*T, D), k, v, attn_mask=many).view(n, H, T, D)
+        return o.transpose(1, 2).reshape(n, T, H*D)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != run.kv_heads)
     return o.transpose(1, 2).reshape(n, T, H*D)
 

@@ -57,12 +57,16 @@ def _tensors(path:Path):
         except SafetensorError as e: raise StudyError(f"{file}: truncated or damaged ({e}); delete {path} and make it again") from None
 
 # %% ../../nbs/20_finetuning/00b_adapters.ipynb #2a1e7065
+def _libc(function, *args):
+    "Call what the C library may have"
+    try: getattr(ctypes.CDLL(None), function)(*args)
+    except (AttributeError, OSError): pass
+
 def give_back(
     over:int # bytes
 ):
     "From now on give buffers over this size back to the system when they are freed (glibc): less memory, more time."
-    try: ctypes.CDLL(None).mallopt(-3, over)                  # M_MMAP_THRESHOLD
-    except (AttributeError, OSError): pass
+    _libc("mallopt", -3, over)                                # M_MMAP_THRESHOLD
 
 @contextlib.contextmanager
 def _freed_at_once():
@@ -112,7 +116,9 @@ def load_4bit(
         layer.support_avx512bf16_for_cpu = False
         model.set_submodule(name, layer)
     with _freed_at_once():
-        for name, tensor in _tensors(path): _fill(model, name, tensor, double_quant, outer)
+        for name, tensor in _tensors(path):
+            _fill(model, name, tensor, double_quant, outer)
+            _libc("malloc_trim", 0) # what is freed between pieces that stay would else pile up
     model.tie_weights()
     lacking = [n for n, p in model.named_parameters() if p.device.type == "meta"]
     if lacking: raise StudyError(f"{checkpoint}: lacks {len(lacking)} tensors, such as {lacking[0]}; delete this folder and make it again")
