@@ -75,6 +75,7 @@ def _freed_at_once():
     try: yield
     finally: give_back(2**25)
 
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #b329a71a
 class _Widened(torch.autograd.Function):
     "y = W x in 32 bits for a W kept in 16, of which some rows are widened at a time."
     @staticmethod
@@ -98,6 +99,7 @@ def widen(
     head.forward = lambda x: _Widened.apply(x, head.weight, rows)
     return model
 
+# %% ../../nbs/20_finetuning/00b_adapters.ipynb #b631fd89
 def load_4bit(
     checkpoint:str|Path,     # plain transformers folder
     double_quant:bool=True,  # quantise the scales as well

@@ -149,6 +149,7 @@ class Written:
     prefill_s: float     # seconds until the first token is known
     decode_s: float      # seconds for all further tokens
 
+# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #96fa44f5
 def choose_token(
     logits:np.ndarray,       # [vocab]
     barred:Sequence[int]=(), # tokens that are never chosen
@@ -161,6 +162,7 @@ def choose_token(
     p = np.exp((logits.astype(np.float64) - logits.max())/temperature)
     return int(rng.choice(len(p), p=p/p.sum()))
 
+# %% ../../nbs/40_runtime/01_llama_cpp.ipynb #be0b091e
 def write(
     model:Llama,
     ids:list[int],        # a prompt
