@@ -52,16 +52,16 @@ def test_every_known_format_is_read_with_its_fields(fmt, tmp_path):
             if sum(name in g.names for g in FORMATS[fmt].fields.values()) == 1:
                 assert name in [c.name for c in as_said(data, f"how many lines per {name}?") if c.pattern == f.pattern], (fmt, name)
 
+def reply(answer, votes=2, of=2, error="", unused=(), **files): return Reply(answer, files, votes, of, "print(1)", "a", not error, error, unused, .01, .01)
+
 def test_a_picture_is_kept_under_a_name_that_was_free(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    reply = lambda answer, votes=2, of=2, error="", unused=(), **files: Reply(answer, files, votes, of, "print(1)", "a", not error, error, unused, .01, .01)
     for _ in range(2): assert tell([reply("", 1, **{"x.png": b"\x89PNG"}), reply("2", 1)], False, True) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x-2.png", "x.png"]
     out = capsys.readouterr()
     assert out.out == "" and "1 of 2 programs say so" in out.err and "1 of 2: 2" in out.err
 
 def test_what_is_said_beside_an_answer(capsys):
-    reply = lambda answer, votes=2, of=2, error="", unused=(): Reply(answer, {}, votes, of, "print(1)", "a", not error, error, unused, .01, .01)
     said = lambda *replies, show_code=False: (tell(list(replies), show_code, True), *capsys.readouterr())
     assert said(reply("7"), show_code=True) == (0, "print(1)\n\n7\n", "slm-study: all 2 programs that were written say so\n")
     assert said(reply("7", 1, 1)) == (0, "7\n", "") # nothing to compare it with

@@ -7,6 +7,7 @@ __all__ = ['weights', 'better_first', 'Reply', 'Assistant']
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #f526d347
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -109,7 +110,7 @@ class Assistant:
         return repair(fill_slots(text, slots), prompt).program, text, time.perf_counter() - start
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #5f4b349f
-def _alike(reply): return (reply.answer.split(), sorted(reply.files)) if reply.ran else reply.program
+def _said(reply): return (*reply.answer.split(), None, *sorted(reply.files)) if reply.ran else reply.program # programs that say the same count together
 
 @patch
 def ask(self:Assistant,
@@ -119,17 +120,18 @@ def ask(self:Assistant,
     "Let every model write programs, run them, and count what they say."
     if not request.strip(): raise StudyError("request: is empty; ask something, such as 'how many lines per level?'")
     if len({d.name for d in data}) < len(data): raise StudyError(f"data: two files are named {data[0].name}; rename one")
-    columns, start, known, replies = tuple(c for d in data for c in as_said(d, request)), time.perf_counter(), {}, []
+    columns, files, start, known, replies = tuple(c for d in data for c in as_said(d, request)), {d.name: d.text for d in data}, time.perf_counter(), {}, []
     for d in data: request = quote_found(request, d, columns)
     prompt, slots = render(request, handover_of(columns), columns)
     called = {c.pattern or c.name: c.name for c in columns} # what a user calls what stands in a slot
     for draw, name in ((draw, name) for draw in range(self.draws + 1) for name in self.models):
         if replies and time.perf_counter() - start > self.patience_s: break
         program, text, wrote = self.write(name, prompt, slots, draw)
-        if program not in known: known[program] = self.sandbox.run(program, {d.name: d.text for d in data})
+        if program not in known: known[program] = self.sandbox.run(program, files)
         replies.append(_reply(name, program, tuple(called.get(v, v) for v in unused(request, prompt, text, slots)), known[program], wrote))
-    counted = [replace(r, votes=sum(_alike(r) == _alike(s) for s in replies), of=len(replies)) for i, r in enumerate(replies) if all(_alike(r) != _alike(s) for s in replies[:i])]
-    return sorted(counted, key=lambda r: (not r.ran, bool(r.unused), -r.votes))
+    votes, firsts = Counter(map(_said, replies)), {}
+    for r in replies: firsts.setdefault(_said(r), r)
+    return sorted((replace(r, votes=votes[said], of=len(replies)) for said, r in firsts.items()), key=lambda r: (not r.ran, bool(r.unused), -r.votes))
 
 def _reply(name, program, left_out, got, wrote):
     "What became of one program"

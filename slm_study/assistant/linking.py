@@ -8,13 +8,14 @@ __all__ = ['asking_words', 'quote_found', 'unused']
 # %% ../../nbs/70_assistant/00b_linking.ipynb #787e986a
 import functools, re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from ..curation import log_questions, questions
 from ..curation.slots import Column, find_mentions, forms_of
 from ..curation.tasks import FAMILIES
 from ..curation.variation import THESAURUS
-from .reader import Data, as_said
+from .reader import Data
 
 # %% ../../nbs/70_assistant/00b_linking.ipynb #349a9d14
 @functools.lru_cache(None)
@@ -46,15 +47,21 @@ def _written(phrase, last, text, low):
 # %% ../../nbs/70_assistant/00b_linking.ipynb #b8749362
 _MOST = 5 # words of a phrase
 
-def _data_words(request, data, columns):
-    "(start, end, word, may it begin or end a phrase?, may it make one?, is it one by itself?) for words that no mention covers"
+class _Word(NamedTuple):
+    start: int; end: int; text: str
+    edge: bool  # may it begin or end a phrase of the data?
+    makes: bool # may it make a run of words such a phrase?
+    alone: bool # is it one by itself?
+
+def _free_words(request, data, columns) -> Iterator[_Word]:
+    "Words that no mention covers"
     known, common = asking_words()
     names = {" ".join(f) for c in columns if c.kind != "file" for n in (c.name, *data.names.get(c.pattern, ())) for f, _ in forms_of(n)}
     taken = [(a, b) for a, b, _ in find_mentions(request, columns)]
     for m in re.finditer(r"[^\W_][\w.\-/:$]*\w|\w", request):
         word = _singulars(m[0].lower())
         if any(a < m.end() and m.start() < b for a, b in taken): continue
-        yield m.start(), m.end(), m[0], *(not ask & {*word} for ask in (common, common | names, known | names))
+        yield _Word(*m.span(), m[0], *(ask.isdisjoint(word) for ask in (common, common | names, known | names)))
 
 def quote_found(
     request:str,               # in English
@@ -62,15 +69,15 @@ def quote_found(
     columns:Sequence[Column]   # of `as_said`
 ) -> str: # the request with what the file says in quotes
     "Find the words of a request that are the data's own."
-    words, text, low, out, last, i = list(_data_words(request, data, columns)), data.text, data.text.lower(), "", 0, 0
+    words, text, low, out, last, i = list(_free_words(request, data, columns)), data.text, data.text.lower(), "", 0, 0
     while i < len(words):
         for n in range(min(_MOST, len(words) - i), 0, -1):
             run = words[i:i + n]
-            start, end = run[0][0], run[-1][1]
-            beside = all(request[a[1]:b[0]] == " " for a, b in zip(run, run[1:]))
-            telling = run[0][5] and len(run[0][2]) > 2 if n == 1 else run[0][3] and run[-1][3] and any(w[4] for w in run)
-            found = beside and telling and (n == 1 and _level(run[0][2], columns) or _written(request[start:end], run[-1][2], text, low))
-            if found and "'" not in found: out, last, i = out + request[last:start] + f"'{found}'", end, i + n; break
+            first, final = run[0], run[-1]
+            beside = all(request[a.end:b.start] == " " for a, b in zip(run, run[1:]))
+            telling = first.alone and len(first.text) > 2 if n == 1 else first.edge and final.edge and any(w.makes for w in run)
+            found = beside and telling and (n == 1 and _level(first.text, columns) or _written(request[first.start:final.end], final.text, text, low))
+            if found and "'" not in found: out, last, i = out + request[last:first.start] + f"'{found}'", final.end, i + n; break
         else: i += 1
     return out + request[last:]
 
