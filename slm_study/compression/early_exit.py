@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..recipes import StudyError
 from ..records import atomic_write
 from ..models import blocks, final_norm
-from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rotate, runner, stretch
+from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rms_norm, rotate, runner, stretch
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #6fc820ef
 SKIPPED = ("recompute", "propagate") # how keys and values of skipped blocks come about
@@ -34,7 +34,7 @@ class ExitHeads(nn.Module):
         if skipped not in SKIPPED: raise StudyError(f"early_exit.skipped: {skipped!r} is not one of {', '.join(SKIPPED)}")
         if not exits or sorted(set(exits)) != exits: raise StudyError(f"early_exit.exits: {exits} must be one or more layers in rising order")
         if exits[0] < 1 or exits[-1] >= layers: raise StudyError(f"early_exit.exits: {exits} outside the model; with {layers} layers an exit is one of 1..{layers-1}")
-        self.exits, self.hidden, self.layers = tuple(exits), hidden, layers
+        self.exits, self.hidden, self.layers, self.floor = tuple(exits), hidden, layers, torch.tensor((hidden*1e-6)**.5)
         self.norms = nn.ParameterList([nn.Parameter(torch.ones(hidden)) for _ in exits])
         self.maps = nn.ParameterList([nn.Parameter(torch.eye(hidden)) for _ in exits])
         self._fold = (None, None) # weights of _fold_kv, and what they were made from
@@ -44,7 +44,7 @@ class ExitHeads(nn.Module):
         layer:int       # one of exits
     ) -> torch.Tensor:  # [.., hidden], for the model's final norm and head
         i = self.exits.index(layer)
-        return F.linear(F.rms_norm(h, (self.hidden,), self.norms[i], 1e-6), self.maps[i])
+        return F.linear(rms_norm(h, self.norms[i]*self.hidden**.5, self.floor), self.maps[i])
 
     @classmethod
     def of(cls, model:PreTrainedModel, exits:list[int], skipped:str="recompute"):
