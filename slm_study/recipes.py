@@ -158,6 +158,7 @@ class Pruning(_Part):
     "Physical removal of feed-forward channels."
     ratio: Ratio = 0.25
     norm: Literal[1, 2] = 2
+    reconstruct_rows: Count = 256 # of the training, that last matrices are fitted on after the cut; 0: they stay as they were
     heal_tokens: Count = 150_000 # trained on afterwards; 0 leaves the model unhealed
     heal: Literal["lora", "full", "distill"] = "distill" # adapters on the full-precision weights, all weights, or all weights towards what the uncut model says
 
@@ -187,6 +188,7 @@ class Combined(_Part):
     blocks: Ratio = 0.  # of all, rounded: those of least influence
     ratio: Ratio = 0.5  # of the channels of each block that is left
     norm: Literal[1, 2] = 2
+    reconstruct_rows: Count = 256 # as for pruning, before the two outer matrices become one
     merge: Literal["embedding", "head", "mean", "scaled"] = "scaled"
     heal_tokens: Count = 300_000
     heal: Literal["lora", "full", "distill"] = "distill"

@@ -346,6 +346,24 @@ def test_quantised_is_a_plain_smaller_checkpoint(tmp_path):
                 with pytest.raises(StudyError, match="quantised"): again_cut()
 
 @pytest.mark.parametrize("model,tied", KINDS)
+def test_what_is_left_is_fitted(model, tied, tmp_path):
+    "Copies of other channels are removed: least squares gives their share to the ones that stay, and nothing is lost; a plain checkpoint comes back."
+    from slm_study.compression.reconstruction import reconstruct
+    m, half = make(model, tied), SIZE.ffn//2
+    with torch.no_grad():
+        for f in map(ffn, blocks(m)):
+            for l in f.inputs:
+                l.weight[half:] = l.weight[:half]
+                if l.bias is not None: l.bias[half:] = l.bias[:half]
+    cut = prune_ffn(m, .5, scores=[torch.arange(SIZE.ffn).flip(0).float()]*SIZE.layers) # the copies go
+    rows = torch.randint(2, 80, (64, 24), generator=torch.Generator().manual_seed(1))
+    fitted, far = reconstruct(cut, m, [dict(input_ids=r) for r in rows.split(16)], damping=1e-6)
+    assert gap(fitted, m) < 1e-2 < .1 < gap(cut, m) and max(far) < 1e-3
+    assert is_tied(fitted) == tied and audit(fitted)["parameters"] == audit(cut)["parameters"]
+    save_checkpoint(fitted, None, tmp_path/"fitted")
+    assert gap(AutoModelForCausalLM.from_pretrained(tmp_path/"fitted").eval(), fitted) < 1e-5
+
+@pytest.mark.parametrize("model,tied", KINDS)
 def test_shared_blocks_are_copies_of_one(model, tied):
     "In pairs, the model computes what it computes with the first block's weights copied into the second; cached decoding too."
     from slm_study.compression.weight_sharing import share_blocks, shared_blocks
@@ -367,9 +385,9 @@ def test_a_killed_sweep_makes_no_point_twice(tmp_path):
     from slm_study.recipes import Pruning, Recipe, Sweep
     m, asked = make("tinyllama"), []
     class Stub: # a bench whose trainings cost nothing
-        s, recipe, batches = Sweep(ratios=(.25, .5), layers=(1,)), Recipe(name="x", pruning=Pruning()), [dict(input_ids=padded(0)[0], labels=padded(0)[0])]
+        s, recipe, fit, batches = Sweep(ratios=(.25, .5), layers=(1,)), Recipe(name="x", pruning=Pruning()), [1], [dict(input_ids=padded(0)[0], labels=padded(0)[0])]
         class cut: model = m
-        def make(self, p): return m, 10*p["healed"], "full"
+        def make(self, p): return m, 10*(p["stage"] == "healed"), "full"
     class Killed(Exception): pass
     def answers(model, stop):
         if len(asked) == stop: raise Killed

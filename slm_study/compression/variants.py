@@ -16,6 +16,7 @@ from .early_exit import ExitHeads, save_exits
 from .exit_training import FREE_TAUS, calibrate_programs, calibrate_tau, train_exits
 from .healing import heal
 from .quantization import check_quantizable, quantize
+from .reconstruction import reconstruct
 from .pruning import block_influence, ffn_scores, kept_channels, prune_ffn, prune_layers, prune_masked, row_mask
 from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
@@ -32,23 +33,30 @@ def _healed(model, uncut, tokenizer, settings, recipe:Recipe, rows:list[dict], o
     heal(model, tokenizer, rows, recipe.qlora.of(NAMES[architecture(model)]), out, f"heal {name}", settings.heal_tokens, settings.heal, shared, seed,
          uncut if settings.heal == "distill" else None)
 
+def _rows_for(model, tokenizer, recipe:Recipe, rows:list[dict], n:int, seed:int) -> list[dict]: # batches of n rows in all
+    limit = min(recipe.qlora.of(NAMES[architecture(model)]).max_length, model.config.max_position_embeddings)
+    return training_batches(tokenizer, rows, limit, 16, -(-n//16), seed) if n else []
+
 def combined_cut(
     model:PreTrainedModel, # in full precision
     c:Combined,            # of the recipe
-    batches:list[dict]     # of tensors, to find the blocks that do least
+    batches:list[dict],    # of tensors, to find the blocks that do least
+    fit:list[dict]=()      # of tensors, to fit what is left on; none: it stays as it was
 ) -> PreTrainedModel: # a copy without these blocks, with narrower ones and one outer matrix; not healed
     "What `combined` removes."
-    n = len(blocks(model))
-    if c.blocks and not 0 < (gone := round(c.blocks*n)) < n: raise StudyError(f"combined.blocks: {c.blocks} of {n} blocks is {gone}; choose a part that is one block at the least and not all, or 0")
-    cut = prune_layers(model, block_influence(model, batches).argsort()[:gone].tolist()) if c.blocks else model
-    cut = prune_ffn(cut, c.ratio, c.norm)
+    n, removed = len(blocks(model)), []
+    if c.blocks:
+        if not 0 < (gone := round(c.blocks*n)) < n: raise StudyError(f"combined.blocks: {c.blocks} of {n} blocks is {gone}; choose a part that is one block at the least and not all, or 0")
+        removed = block_influence(model, batches).argsort()[:gone].tolist()
+    cut = prune_ffn(prune_layers(model, removed) if removed else model, c.ratio, c.norm)
     if c.format != "none": check_quantizable(cut, c.format) # before the training, not after
+    if fit: cut, _ = reconstruct(cut, model, fit, removed)
     return share_embedding(cut, c.merge)[0]
 
 def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:int):
     "Pruned, then tied, then healed once for both, then quantised."
-    c, q = recipe.combined, recipe.qlora.of(NAMES[architecture(model)])
-    small = combined_cut(model, c, training_batches(tokenizer, rows, min(q.max_length, model.config.max_position_embeddings), 16, 4, seed) if c.blocks else [])
+    c = recipe.combined
+    small = combined_cut(model, c, _rows_for(model, tokenizer, recipe, rows, 64, seed) if c.blocks else [], _rows_for(model, tokenizer, recipe, rows, c.reconstruct_rows, seed))
     step = out.with_name(f"{out.name}_healed") if c.format != "none" else out
     _healed(small, model, tokenizer, c, recipe, rows, step, "combined", seed, shared=not is_tied(model))
     if c.format != "none": quantize(load_checkpoint(step)[0], tokenizer, out, c.format)
@@ -98,7 +106,9 @@ def _cut(technique, recipe:Recipe, tuned:Path, rows, out:Path, seed:int):
     "The variants that are made of the tuned model's weights."
     model, tokenizer = load_checkpoint(tuned)
     if technique == "pruning_masked": save_checkpoint(prune_masked(model, recipe.pruning_masked.ratio, recipe.pruning_masked.norm), tokenizer, out)
-    if technique == "pruning": _healed(prune_ffn(model, recipe.pruning.ratio, recipe.pruning.norm), model, tokenizer, recipe.pruning, recipe, rows, out, technique, seed)
+    if technique == "pruning":
+        small, fit = prune_ffn(model, recipe.pruning.ratio, recipe.pruning.norm), _rows_for(model, tokenizer, recipe, rows, recipe.pruning.reconstruct_rows, seed)
+        _healed(reconstruct(small, model, fit)[0] if fit else small, model, tokenizer, recipe.pruning, recipe, rows, out, technique, seed)
     if technique == "weight_sharing":
         small, _ = share_embedding(model, recipe.weight_sharing.merge)
         if small is model: save_checkpoint(model, tokenizer, out) # tied already: nothing was cut, nothing is healed

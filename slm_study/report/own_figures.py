@@ -167,7 +167,7 @@ def figure_tau(
     return axes
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #bf372e4d
-_POINT = ["kind", "criterion", "amount", "healed"]
+_POINT = ["kind", "criterion", "amount", "stage"]
 
 def sweep_rows(
     points:list[dict] # model, seed, and what compression.sweeps.run_sweep gives
@@ -177,8 +177,8 @@ def sweep_rows(
     for p in sorted(points, key=lambda p: p["seed"]): groups.setdefault((p["model"], *(p[k] for k in _POINT)), []).append(p)
     yes = lambda ps, what: np.array([c == "1" for p in ps for c in p[what]])
     for (model, *point), mine in groups.items():
-        whole = groups.get((model, "none", "none", 0., False))
-        base = groups.get((model, "order", "tune", 0., True)) if point[0] == "order" else whole
+        whole = groups.get((model, "none", "none", 0., "cut"))
+        base = groups.get((model, "order", "tune", 0., "healed")) if point[0] == "order" else whole
         if not whole or not base or [p["seed"] for p in base] != [p["seed"] for p in mine]: raise StudyError(f"sweep of {model}: {' '.join(map(str, point))} has no uncut model of the same seeds beside it; run 3b_sweep again")
         right, first = yes(mine, "correct"), mine[0]
         luck = groups.get((model, "channels", "random", *point[2:])) if point[0] == "channels" and point[1] != "random" else None
@@ -194,30 +194,32 @@ def sweep_rows(
 _CUTS = {("channels", "norm"): ("channels, by norm", "#D55E00", "s"), ("channels", "activation"): ("channels, by activation", "#0072B2", "o"), ("channels", "random"): ("channels, at random", "#999999", "X"),
          "blocks": ("blocks", "#009E73", "^"), "heads": ("heads", "#CC79A7", "D"), "shared blocks": ("blocks share weights", "#E69F00", "v")}
 
+_STAGES = dict(cut="as it was cut", fitted="last matrices fitted", healed="fitted and healed") # of compression.sweeps
+
 def figure_sparsity(
     rows:pd.DataFrame # columns of sweep_rows
-) -> np.ndarray: # one axis per model
-    "Accuracy by share of parameters removed, criterion and healing."
-    models = [m for m in MODELS if m in set(rows.model)]
+) -> np.ndarray: # axes [models, stages]
+    "Accuracy by share of parameters removed and by what chose them: as it was cut, fitted, healed."
+    models, stages = [m for m in MODELS if m in set(rows.model)], [s for s in _STAGES if s in set(rows.stage)]
     if not models: raise StudyError("figure_sparsity: no rows of a known model; run 3b_sweep")
-    fig, axes = plt.subplots(1, len(models), figsize=(5.2*len(models) + 2.2, 4), sharey=True, squeeze=False, layout="constrained")
-    for ax, m in zip(axes[0], models):
-        mine = rows[rows.model == m]
-        err = lambda r: [r.accuracy - r.low, r.high - r.accuracy]
+    fig, axes = plt.subplots(len(models), len(stages), figsize=(3*len(stages) + 2.2, 2.7*len(models)), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    err = lambda r: [r.accuracy - r.low, r.high - r.accuracy]
+    for (m, stage), ax in zip(((m, s) for m in models for s in stages), axes.flat):
+        mine, whole = rows[(rows.model == m) & (rows.stage == stage)], rows[(rows.model == m) & (rows.kind == "none")]
         for cut, (_, colour, marker) in _CUTS.items():
-            r = mine[(mine.kind == cut[0]) & (mine.criterion == cut[1])] if isinstance(cut, tuple) else mine[mine.kind == cut]
-            for healed, g in r.sort_values("removed_pct").groupby("healed"):
-                ax.errorbar(g.removed_pct, g.accuracy, yerr=err(g), marker=marker, color=colour, markeredgecolor="black", ls="-" if healed else "--", fillstyle="full" if healed else "none", capsize=2, lw=1.2, elinewidth=.6)
-        whole = mine[mine.kind == "none"]
-        for r in whole[~whole.healed].itertuples(): ax.axhspan(r.low, r.high, color="0.85", zorder=0); ax.axhline(r.accuracy, color="black", lw=.8, zorder=1)
-        control = whole[whole.healed]
+            g = (mine[(mine.kind == cut[0]) & (mine.criterion == cut[1])] if isinstance(cut, tuple) else mine[mine.kind == cut]).sort_values("removed_pct")
+            ax.errorbar(g.removed_pct, g.accuracy, yerr=err(g), marker=marker, color=colour, markeredgecolor="black", capsize=2, lw=1.2, elinewidth=.6)
+        for r in whole[whole.stage == "cut"].itertuples(): ax.axhspan(r.low, r.high, color="0.85", zorder=0); ax.axhline(r.accuracy, color="black", lw=.8, zorder=1)
+        control = whole[whole.stage == "healed"] if stage == "healed" else whole.head(0)
         ax.errorbar(control.removed_pct, control.accuracy, yerr=err(control), marker="*", markersize=13, color="black", capsize=2, ls="none", zorder=4)
-        ax.set(xlabel="parameters removed (%)"); ax.set_title(MODEL_NAMES[m], loc="left"); ax.grid(alpha=.3)
-    axes[0][0].set(ylabel="right answers (%)", ylim=(0, None)) # once all is drawn: the axes share it
-    marks = [Line2D([], [], marker=k, color=c, markeredgecolor="black", lw=0, label=n) for n, c, k in _CUTS.values()]
-    lines = [Line2D([], [], color="black", ls="-", label="healed"), Line2D([], [], color="black", ls="--", label="not healed"), Line2D([], [], color="black", marker="*", markersize=11, lw=0, label="nothing removed,\nas much training")]
-    fig.legend(handles=[*marks, *lines, Patch(color="0.85", label="as it was (95 %)")], loc="outside right center")
-    return axes[0]
+        ax.set_title(f"{MODEL_NAMES[m]}, {_STAGES[stage]}", loc="left", fontsize="medium"); ax.grid(alpha=.3)
+    for ax in axes[-1]: ax.set(xlabel="parameters removed (%)")
+    for ax in axes[:,0]: ax.set(ylabel="right answers (%)")
+    axes[0][0].set(ylim=(0, None)) # once all is drawn: the axes share it
+    marks = [Line2D([], [], marker=k, color=c, markeredgecolor="black", label=n) for n, c, k in _CUTS.values()]
+    star = Line2D([], [], color="black", marker="*", markersize=11, lw=0, label="nothing removed,\nas much training")
+    fig.legend(handles=[*marks, star, Patch(color="0.85", label="as it was (95 %)")], loc="outside right center")
+    return axes
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #ebe1aa26
 _signed = lambda r: f"{r.difference:+.1f} [{r.difference_low:+.1f}, {r.difference_high:+.1f}]"
@@ -232,24 +234,24 @@ def _what(kind, criterion, amount):
 def table_sweep(
     rows:pd.DataFrame # columns of sweep_rows
 ) -> pd.DataFrame: # strings, a row per model and cut
-    "Every cut: what went, and right answers before and after healing."
+    "Every cut: what went, and right answers as it was cut, fitted, and healed."
     out = []
     for (model, kind, criterion, amount), g in rows[rows.kind != "order"].groupby(["model", *_POINT[:3]], sort=False):
-        by = {r.healed: r for r in g.itertuples()}
-        show = lambda healed, f: f(by[healed]) if healed in by else "–"
+        by = {r.stage: r for r in g.itertuples()}
+        show = lambda stage, f: f(by[stage]) if stage in by else "–"
         out.append({"Model": MODEL_NAMES[model], "Removed": _what(kind, criterion, amount), "Parameters fewer (%)": f"{g.removed_pct.iloc[0]:.1f}", "Multiplied weights fewer (%)": f"{g.matmul_removed_pct.iloc[0]:.1f}",
-                    "Right, not healed (%)": show(False, _rate), "Right, healed (%)": show(True, _rate), "Healed against untouched (points)": show(True, _signed), "Loss, not healed": show(False, lambda r: f"{r.loss:.3f}"), "Loss, healed": show(True, lambda r: f"{r.loss:.3f}")})
+                    **{f"Right, {stage} (%)": show(stage, _rate) for stage in _STAGES}, "Healed against untouched (points)": show("healed", _signed), **{f"Loss, {stage}": show(stage, lambda r: f"{r.loss:.3f}") for stage in _STAGES}})
     return pd.DataFrame(out)
 
 def table_chance(
     rows:pd.DataFrame # columns of sweep_rows
-) -> pd.DataFrame: # strings, a row per model, criterion, ratio, healed or not; empty without a cut at random
+) -> pd.DataFrame: # strings, a row per model, criterion, ratio and stage; empty without a cut at random
     "Does it matter which channels go? Every criterion against the same number drawn at random."
-    where, out = ["model", "amount", "healed"], []
+    where, out = ["model", "amount", "stage"], []
     loss = rows[(rows.kind == "channels") & (rows.criterion == "random")].set_index(where).loss
     for r in rows[(rows.kind == "channels") & rows.chance.notna()].itertuples():
-        luck = loss[r.model, r.amount, r.healed]
-        out.append({"Model": MODEL_NAMES[r.model], "Chosen by": r.criterion, "Channels removed (%)": f"{100*r.amount:.1f}", "Healed": "yes" if r.healed else "no", "Right (%)": f"{r.accuracy:.1f}", "At random (%)": f"{r.accuracy - r.chance:.1f}",
+        luck = loss[r.model, r.amount, r.stage]
+        out.append({"Model": MODEL_NAMES[r.model], "Chosen by": r.criterion, "Channels removed (%)": f"{100*r.amount:.1f}", "Stage": r.stage, "Right (%)": f"{r.accuracy:.1f}", "At random (%)": f"{r.accuracy - r.chance:.1f}",
                     "More right (points)": f"{r.chance:+.1f} [{r.chance_low:+.1f}, {r.chance_high:+.1f}]", "Loss": f"{r.loss:.3f}", "Loss at random": f"{luck:.3f}", "Better in": ", ".join(k for k, better in (("right answers", r.chance > 0), ("loss", r.loss < luck)) if better) or "neither"})
     return pd.DataFrame(out)
 
@@ -261,7 +263,7 @@ def table_order(
                           "Loss": f"{r.loss:.3f}", "Against tune (points)": "–" if r.criterion == "tune" else _signed(r)} for r in rows[rows.kind == "order"].itertuples()])
 
 SWEEP_CAPTIONS = dict(table_chance="Channels chosen by a criterion against as many drawn at random: right answers on the same prompts (95 % intervals of the paired difference), and the loss on validation programs (nats per token).",
-                      table_sweep="What each cut leaves of the tuned model, before and after healing with equally many tokens; the row `nothing` is the control for the extra training. 95 % intervals; differences on the same prompts.",
+                      table_sweep="What each cut leaves of the tuned model: as it was cut, with the last matrices fitted by least squares, and healed from there with equally many tokens; the row `nothing` is the control for the extra training. 95 % intervals; differences on the same prompts.",
                       table_order="Prune first or tune first, with equally many tokens in all; `tune` removes nothing.")
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #085e39c7
