@@ -34,13 +34,13 @@ class Distillation(Trainer):
 
 # %% ../../nbs/30_compression/02b_healing.ipynb #87c4c243
 HEALS = ("lora", "full", "distill")
-FULL_LR = 0.003, 3e-3 # of matrices (Muon), of the rest (AdamW), when all weights are healed
+FULL_LR = 0.003 # of matrices (Muon) and of the rest (AdamW), when all weights are healed
 
-def _trainable(model, settings, how, shared, seed):
+def _trainable(model, settings, how, shared, seed, lr):
     "The network to train, and its optimizer (None: Trainer's AdamW)."
     if how != "lora":
         net = model.requires_grad_(True)
-        return net, MuonAdamW(net, *FULL_LR)
+        return net, MuonAdamW(net, lr, lr)
     if shared_blocks(model): raise StudyError("heal: blocks share their weights, and an adapter of each would be merged into the one storage twice; full and distill train them as one")
     net = add_adapters(model, settings, seed)
     if shared: input_embedding(model).weight.requires_grad_(True)
@@ -59,6 +59,7 @@ def healed(
     shared:bool=False,                  # lora: train the shared embedding as well
     seed:int=0,
     teacher:PreTrainedModel|None=None,  # distill: the model before the cut
+    lr:float=FULL_LR,                   # peak rate of full and distill; lora has that of `settings`
     **given                             # TrainingArguments of run_trainer, such as save_strategy
 ) -> tuple[PreTrainedModel, list[dict]]: # a trained copy in fp32, and the log: step, loss
     "Train what is left."
@@ -71,9 +72,9 @@ def healed(
         teacher = copy.deepcopy(teacher).eval()
         teacher.config._attn_implementation = ATTENTION
         given = dict(trainer=functools.partial(Distillation, teacher=teacher), made_by="distill", **given)
-    net, optimizer = _trainable(model, settings, how, shared, seed)
+    net, optimizer = _trainable(model, settings, how, shared, seed, lr)
     if how == "lora": shutil.rmtree(work, ignore_errors=True) # adapters alone could not go on: the shared matrix is not among them
-    log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else FULL_LR[0], settings.warmup_ratio, seed, optimizer, **given)
+    log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else lr, settings.warmup_ratio, seed, optimizer, **given)
     net = net.merge_and_unload() if how == "lora" else net
     net.config._attn_implementation = before
     return net.float().eval().requires_grad_(False), log
@@ -81,10 +82,10 @@ def healed(
 def heal(
     model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, rows:list[dict], settings:QLoRA, # as for `healed`
     out:str|Path,                       # folder of the healed checkpoint
-    name:str, tokens:int, how:str="lora", shared:bool=False, seed:int=0, teacher:PreTrainedModel|None=None # as for `healed`
+    name:str, tokens:int, how:str="lora", shared:bool=False, seed:int=0, teacher:PreTrainedModel|None=None, lr:float=FULL_LR # as for `healed`
 ) -> list[dict]: # the log: step, loss
     "Train what is left, and save it as a plain checkpoint."
-    net, log = healed(model, tokenizer, rows, settings, f"{out}_training", name, tokens, how, shared, seed, teacher)
-    save_checkpoint(net, tokenizer, out, dict(made_by="heal", how=how, shared=shared, tokens=tokens, seed=seed, log=log))
+    net, log = healed(model, tokenizer, rows, settings, f"{out}_training", name, tokens, how, shared, seed, teacher, lr)
+    save_checkpoint(net, tokenizer, out, dict(made_by="heal", how=how, shared=shared, tokens=tokens, lr=settings.lr if how == "lora" else lr, seed=seed, log=log))
     shutil.rmtree(f"{out}_training")
     return log

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .audit import matmul_parameters, parameter_count
-from .healing import healed
+from .healing import FULL_LR, healed
 from .pruning import activation_scores, block_influence, ffn_scores, kept_width, prune_ffn, prune_kv_groups, prune_layers, prune_query_heads, random_scores
 from .reconstruction import reconstruct
 from .variants import training_batches
@@ -139,17 +139,17 @@ class Bench:
         self.fit = training_batches(tokenizer, self.rows[:n], limit, 16, -(-n//16), seed) if n else []
         self.cut, self.early = Cutter(model, self.batches, recipe.pruning.norm, seed), Cutter(pretrained, self.batches, recipe.pruning.norm, seed)
 
-    def train(self, model:PreTrainedModel, tokens:int, name:str, how:str="full", teacher:PreTrainedModel|None=None) -> PreTrainedModel:
+    def train(self, model:PreTrainedModel, tokens:int, name:str, how:str="full", teacher:PreTrainedModel|None=None, lr:float=FULL_LR) -> PreTrainedModel:
         "A trained copy."
         rows = self.rows[:max(self.settings.batch_size, tokens//32)] # more than enough, at 32 tokens a row
-        net, _ = healed(model, self.tokenizer, rows, self.settings, self.work, name, tokens, how, seed=self.seed, teacher=teacher, save_strategy="no")
+        net, _ = healed(model, self.tokenizer, rows, self.settings, self.work, name, tokens, how, seed=self.seed, teacher=teacher, lr=lr, save_strategy="no")
         shutil.rmtree(self.work, ignore_errors=True)
         return net
 
     def heal(self, model:PreTrainedModel, uncut:PreTrainedModel, name:str) -> tuple[PreTrainedModel, str]: # and how
         "A healed copy, as the recipe prunes; blocks that share their weights are trained as one, which adapters cannot."
         how = "full" if shared_blocks(model) and self.recipe.pruning.heal == "lora" else self.recipe.pruning.heal
-        return self.train(model, self.s.heal_tokens, name, how, uncut if how == "distill" else None), how
+        return self.train(model, self.s.heal_tokens, name, how, uncut if how == "distill" else None, self.recipe.pruning.heal_lr), how
 
     def fitted(self, cut:PreTrainedModel, uncut:PreTrainedModel, removed=()) -> PreTrainedModel: # as it is, where the recipe fits nothing
         return reconstruct(cut, uncut, self.fit, removed)[0] if self.fit else cut

@@ -31,7 +31,7 @@ def _healed(model, uncut, tokenizer, settings, recipe:Recipe, rows:list[dict], o
     if not settings.heal_tokens: return save_checkpoint(model, tokenizer, out)
     save_checkpoint(model, tokenizer, f"{out}_unhealed")
     heal(model, tokenizer, rows, recipe.qlora.of(NAMES[architecture(model)]), out, f"heal {name}", settings.heal_tokens, settings.heal, shared, seed,
-         uncut if settings.heal == "distill" else None)
+         uncut if settings.heal == "distill" else None, settings.heal_lr)
 
 def _rows_for(model, tokenizer, recipe:Recipe, rows:list[dict], n:int, seed:int) -> list[dict]: # batches of n rows in all
     limit = min(recipe.qlora.of(NAMES[architecture(model)]).max_length, model.config.max_position_embeddings)

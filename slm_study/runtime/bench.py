@@ -43,12 +43,12 @@ def device_cut_bench(
     shapes:dict|None=None    # other shapes: name -> (Size, number of tokens)
 ) -> pd.DataFrame: # model, size, weights (ratio of matmul parameters), time (ratio), time_over_weights with its 95 % interval low, high; ms_per_token of the whole
     "What `combined` removes in the pocket recipe against the whole, in llama.cpp on one thread: shipped bases and original shapes."
-    rows, cut = [], load_recipe("pocket").combined
+    rows, combined = [], load_recipe("pocket").combined
     for name, size in [(m, s) for m in models for s in ("pocket", "original")]:
         whole = load_checkpoint(root()/"bases"/name)[0] if size == "pocket" else random_model(config_for(name, *(shapes or REAL)[name]), torch.float32)
         with tempfile.TemporaryDirectory() as d:
             export((whole, None), f"{d}/whole.gguf", type)
-            small = combined_cut(whole, cut, [dict(input_ids=torch.arange(2, 34)[None])])
+            small = combined_cut(whole, combined.of(name), [dict(input_ids=torch.arange(2, 34)[None])])
             weights = matmul_parameters(small)/matmul_parameters(whole)
             del whole
             export((small, None), f"{d}/small.gguf", type)
