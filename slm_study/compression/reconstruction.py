@@ -54,10 +54,11 @@ def _input_of(layer, f, *args, **kw): # what `layer` is given while f(*args, **k
 class _Stream:
     "The residual stream of some batches in one model."
     def __init__(self, model, batches):
-        self.model, self.blocks, self.states, self.given = model, blocks(model), [], []
-        llama, embed = architecture(model) == "llama", lambda m, args, kw: self._enter(args, kw)
-        self.parts = [(b.self_attn.o_proj if llama else b.attn.c_proj, b.post_attention_layernorm if llama else b.ln_2, ffn(b).output) for b in self.blocks]
-        hook = self.blocks[0].register_forward_pre_hook(embed, with_kwargs=True)
+        self.blocks, self.states, self.given = blocks(model), [], []
+        llama = architecture(model) == "llama"
+        self.ends = [(b.self_attn.o_proj if llama else b.attn.c_proj, ffn(b).output) for b in self.blocks] # of both halves
+        self.norms = [b.post_attention_layernorm if llama else b.ln_2 for b in self.blocks]                # before the second
+        hook = self.blocks[0].register_forward_pre_hook(lambda m, args, kw: self._enter(args, kw), with_kwargs=True)
         try:
             for b in batches:
                 try: model(input_ids=b["input_ids"], attention_mask=b.get("attention_mask"), use_cache=False)
@@ -69,12 +70,11 @@ class _Stream:
         raise _Caught
 
     def inputs(self, i, half): # of the projection that ends a half of block i: 0 attention, 1 feed-forward
-        attention, norm, out = self.parts[i]
-        if half == 0: return [_input_of(attention, self.blocks[i], h, *args, **kw) for h, (args, kw) in zip(self.states, self.given)]
-        return [_input_of(out, self.blocks[i].mlp, norm(h)) for h in self.states]
+        if half: return [_input_of(self.ends[i][1], self.blocks[i].mlp, self.norms[i](h)) for h in self.states]
+        return [_input_of(self.ends[i][0], self.blocks[i], h, *args, **kw) for h, (args, kw) in zip(self.states, self.given)]
 
     def add(self, i, half, xs):
-        self.states = [h + self.parts[i][(0, 2)[half]](x) for h, x in zip(self.states, xs)]
+        self.states = [h + self.ends[i][half](x) for h, x in zip(self.states, xs)]
 
     def run(self, i, halves=(0, 1)):
         for half in halves: self.add(i, half, self.inputs(i, half))
@@ -100,7 +100,7 @@ def reconstruct(
             whole.run(i, (half,))
             if half: # the blocks that are gone behind this one
                 for k in range(i + 1, end): whole.run(k)
-            xs, fitting = mine.inputs(j, half), LeastSquares(mine.parts[j][(0, 2)[half]], damping)
+            xs, fitting = mine.inputs(j, half), LeastSquares(mine.ends[j][half], damping)
             for x, want, h, m in zip(xs, whole.states, mine.states, real): fitting.add(x[m], (want - h)[m])
             fitting.solve()
             mine.add(j, half, xs)
