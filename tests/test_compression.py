@@ -200,7 +200,7 @@ def test_exits_on_disk(tmp_path):
     again, tau = load_exits(tmp_path/"e")
     assert tau == .5 and torch.equal(again.maps[0], heads.maps[0]) and json.loads((tmp_path/"e"/"exit_config.json").read_text())["agreement"] == .99
     assert plain == "unchanged" and compare(tmp_path/"c", tmp_path/"e")["verdict"].startswith("unchanged; exit heads add")
-    assert audit(tmp_path/"e")["exit_parameters"] == 64*64 + 64
+    assert audit(tmp_path/"e")["exit_parameters"] == 64*64
     AutoModelForCausalLM.from_pretrained(tmp_path/"e") # still a plain checkpoint
 
 @pytest.mark.parametrize("broken", (b"", b"{", b"[]", b'{"exits": [9], "hidden": 64, "layers": 4, "tau": 0.5}'))

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from ..recipes import StudyError
 from ..records import atomic_write
 from ..models import blocks, final_norm
-from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rms_norm, rotate, runner, stretch
+from .decoding import Decoded, LlamaRunner, check_exits, choose, end_tokens, layer, new_cache, now, prefill, prompt_lengths, rotate, runner, stretch
 
 # %% ../../nbs/30_compression/04_early_exit.ipynb #6fc820ef
 SKIPPED = ("recompute", "propagate") # how keys and values of skipped blocks come about
 
 class ExitHeads(nn.Module):
-    "For each exit layer a norm and a linear map that starts as the identity."
+    "For each exit layer a linear map that starts as the identity."
     def __init__(self,
         exits:list[int], # exit after this many blocks, each in 1..layers-1
         hidden:int,      # width of the model
@@ -34,8 +34,7 @@ class ExitHeads(nn.Module):
         if skipped not in SKIPPED: raise StudyError(f"early_exit.skipped: {skipped!r} is not one of {', '.join(SKIPPED)}")
         if not exits or sorted(set(exits)) != exits: raise StudyError(f"early_exit.exits: {exits} must be one or more layers in rising order")
         if exits[0] < 1 or exits[-1] >= layers: raise StudyError(f"early_exit.exits: {exits} outside the model; with {layers} layers an exit is one of 1..{layers-1}")
-        self.exits, self.hidden, self.layers, self.floor = tuple(exits), hidden, layers, torch.tensor((hidden*1e-6)**.5)
-        self.norms = nn.ParameterList([nn.Parameter(torch.ones(hidden)) for _ in exits])
+        self.exits, self.hidden, self.layers = tuple(exits), hidden, layers
         self.maps = nn.ParameterList([nn.Parameter(torch.eye(hidden)) for _ in exits])
         self._fold = (None, None) # weights of _fold_kv, and what they were made from
 
@@ -43,8 +42,7 @@ class ExitHeads(nn.Module):
         h:torch.Tensor, # hidden states [.., hidden] after block `layer`
         layer:int       # one of exits
     ) -> torch.Tensor:  # [.., hidden], for the model's final norm and head
-        i = self.exits.index(layer)
-        return F.linear(rms_norm(h, self.norms[i]*self.hidden**.5, self.floor), self.maps[i])
+        return F.linear(h, self.maps[self.exits.index(layer)])
 
     @classmethod
     def of(cls, model:PreTrainedModel, exits:list[int], skipped:str="recompute"):
