@@ -56,7 +56,8 @@ def combined_cut(
 def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:int):
     "Pruned, then tied, then healed once for both, then quantised."
     c = recipe.combined
-    small = combined_cut(model, c, _rows_for(model, tokenizer, recipe, rows, 64, seed) if c.blocks else [], _rows_for(model, tokenizer, recipe, rows, c.reconstruct_rows, seed))
+    batches = _rows_for(model, tokenizer, recipe, rows, max(64 if c.blocks else 0, c.reconstruct_rows), seed)
+    small = combined_cut(model, c, batches[:4], batches[:-(-c.reconstruct_rows//16)])
     step = out.with_name(f"{out.name}_healed") if c.format != "none" else out
     _healed(small, model, tokenizer, c, recipe, rows, step, "combined", seed, shared=not is_tied(model))
     if c.format != "none": quantize(load_checkpoint(step)[0], tokenizer, out, c.format)
