@@ -137,6 +137,7 @@ class Bench:
         self.batches = [collate(check[i:i+16]) for i in range(0, len(check), 16)]
         self.rows, n = random.Random(seed).sample(rows, len(rows)), recipe.pruning.reconstruct_rows
         self.fit = training_batches(tokenizer, self.rows[:n], limit, 16, -(-n//16), seed) if n else []
+        self.fitted_cut = functools.lru_cache(1)(lambda kind, criterion, amount: self.fitted(self.cut(kind, criterion, amount), model, self.cut.removed(kind, amount))) # healing goes on from the point before it
         self.cut, self.early = Cutter(model, self.batches, recipe.pruning.norm, seed), Cutter(pretrained, self.batches, recipe.pruning.norm, seed)
 
     def train(self, model:PreTrainedModel, tokens:int, name:str, how:str="full", teacher:PreTrainedModel|None=None, lr:float=FULL_LR) -> PreTrainedModel:
@@ -155,13 +156,12 @@ class Bench:
         return reconstruct(cut, uncut, self.fit, removed)[0] if self.fit else cut
 
     def make(self, p:dict) -> tuple[PreTrainedModel, int, str]: # the point's model, tokens it was trained on after `model` or `pretrained`, and how
-        s, name, model = self.s, f"{p['kind']} {p['criterion']} {p['amount']:.3g}", self.cut.model
+        s, name = self.s, f"{p['kind']} {p['criterion']} {p['amount']:.3g}"
         if p["kind"] != "order":
-            net = self.cut(**p)
-            if p["stage"] == "cut": return net, 0, ""
-            if p["kind"] in FITTED: net = self.fitted(net, model, self.cut.removed(**p))
-            if p["stage"] == "fitted": return net, 0, "least squares"
-            net, how = self.heal(net, model, name)
+            make = self.fitted_cut if p["stage"] != "cut" and p["kind"] in FITTED else self.cut
+            net = make(p["kind"], p["criterion"], p["amount"])
+            if p["stage"] != "healed": return net, 0, "least squares" if p["stage"] == "fitted" else ""
+            net, how = self.heal(net, self.cut.model, name)
             return net, s.heal_tokens, how
         prune = lambda cutter: cutter("channels", "norm", s.order_ratio)
         if p["criterion"] == "tune": return self.train(self.pretrained, s.order_tokens, name), s.order_tokens, "full"
