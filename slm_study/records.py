@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'BACKENDS', 'SPLIT_METRICS', 'QUALITY', 'OPTIONAL', 'COLUMNS', 'writing', 'atomic_write', 'atomic_folder',
-           'MetricInfo', 'Metric', 'circumstances', 'write_record', 'read_record', 'as_rows', 'tidy', 'collect',
-           'collect_runs', 'check_records', 'write_csv', 'read_csv']
+           'data_hash', 'code_hash', 'MetricInfo', 'Metric', 'circumstances', 'write_record', 'read_record', 'as_rows',
+           'tidy', 'collect', 'collect_runs', 'check_records', 'write_csv', 'read_csv']
 
 # %% ../nbs/01_records.ipynb #11a7152d
 import contextlib, hashlib, json, os, platform, subprocess, tempfile, time
@@ -68,6 +68,20 @@ def atomic_folder(
             os.replace(temp, path)
     finally:
         for leftover in (temp, old): shutil.rmtree(leftover, ignore_errors=True)
+
+# %% ../nbs/01_records.ipynb #28b99eb9
+def data_hash(
+    data # JSON-able, such as rows
+) -> str: # 16 hexadecimal digits
+    "Fingerprint of data."
+    return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+def code_hash(
+    *folders:str # of the package, such as "compression"
+) -> str: # 16 hexadecimal digits
+    "Fingerprint of the modules in these folders: an edit of any, and it is another."
+    return data_hash([(str(p.relative_to(root())), p.read_text(encoding="utf-8")) for f in folders for p in sorted((root()/"slm_study"/f).glob("*.py"))])
+
 
 # %% ../nbs/01_records.ipynb #e73a4709
 class MetricInfo(NamedTuple):

@@ -32,7 +32,7 @@ def _states(model, batch, exits):
 # %% ../../nbs/30_compression/04a_exit_training.ipynb #2ca68caf
 def train_exits(
     model:PreTrainedModel,    # stays frozen
-    batches,                  # list (reused in random order) or endless iterator of dicts: input_ids, labels [rows, tokens], -100 where not asked, attention_mask if padded
+    batches,                  # list (used round after round, each in a random order) or endless iterator of dicts: input_ids, labels [rows, tokens], -100 where not asked, attention_mask if padded
     exits:list[int]|ExitHeads,# exit after this many blocks; or heads to train on
     steps:int=200,            # batches that the full model runs
     lr:float=1e-2,            # AdamW, falling to 0 on a cosine
@@ -44,8 +44,8 @@ def train_exits(
     heads, run, was, chance = exits if isinstance(exits, ExitHeads) else ExitHeads.of(model, exits), runner(model), model.training, random.Random(seed)
     if isinstance(batches, (list, tuple)):
         if not batches: raise StudyError("early_exit: no batch to train exits on; pass some batches")
-        order = random.Random(seed)
-        batches = map(order.choice, itertools.repeat(batches))
+        order, again = random.Random(seed), batches
+        batches = itertools.chain.from_iterable(order.sample(again, len(again)) for _ in itertools.repeat(None)) # round after round
     model.eval()
     params, recent = list(heads.parameters()), deque(maxlen=keep)
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=0.)

@@ -22,7 +22,7 @@ class Distillation(Trainer):
     "A Trainer whose loss is the divergence from a teacher, over all tokens that are not padding."
     def __init__(self, *args, teacher:PreTrainedModel, **kw):
         super().__init__(*args, **kw)
-        self.teacher = teacher
+        self.teacher, self.model_accepts_loss_kwargs = teacher.to(self.args.device), False # a mean over the batch: its parts are averaged
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         read = {k: v for k, v in inputs.items() if k != "labels"}
@@ -74,8 +74,8 @@ def healed(
         given = dict(trainer=functools.partial(Distillation, teacher=teacher), made_by="distill", **given)
     net, optimizer = _trainable(model, settings, how, shared, seed, lr)
     if how == "lora": shutil.rmtree(work, ignore_errors=True) # adapters alone could not go on: the shared matrix is not among them
-    log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else lr, settings.warmup_ratio, seed, optimizer, **given)
-    net = net.merge_and_unload() if how == "lora" else net
+    log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else lr, settings.warmup_ratio, seed, optimizer, accumulate=settings.accumulate, **given)
+    net = (net.merge_and_unload() if how == "lora" else net).cpu()
     net.config._attn_implementation = before
     return net.float().eval().requires_grad_(False), log
 

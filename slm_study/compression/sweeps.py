@@ -163,11 +163,11 @@ class Bench:
             if p["stage"] != "healed": return net, 0, "least squares" if p["stage"] == "fitted" else ""
             net, how = self.heal(net, self.cut.model, name)
             return net, s.heal_tokens, how
-        prune = lambda cutter: cutter("channels", "norm", s.order_ratio)
+        prune = lambda cutter, uncut: self.fitted(cutter("channels", "norm", s.order_ratio), uncut)
         if p["criterion"] == "tune": return self.train(self.pretrained, s.order_tokens, name), s.order_tokens, "full"
-        if p["criterion"] == "prune, tune": return self.train(prune(self.early), s.order_tokens, name), s.order_tokens, "full"
+        if p["criterion"] == "prune, tune": return self.train(prune(self.early, self.pretrained), s.order_tokens, name), s.order_tokens, "full"
         tuned = self.train(self.pretrained, s.order_tokens - s.heal_tokens, name)
-        net, how = self.heal(self.fitted(prune(Cutter(tuned, [], self.recipe.pruning.norm)), tuned), tuned, name)
+        net, how = self.heal(prune(Cutter(tuned, [], self.recipe.pruning.norm), tuned), tuned, name)
         return net, s.order_tokens, f"full, then {how}"
 
 # %% ../../nbs/30_compression/05b_sweeps.ipynb #ac074b57

@@ -22,20 +22,21 @@ from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
 from ..finetuning.qlora import NAMES, finetune
 from ..models import architecture, blocks, ffn, is_tied, load_checkpoint, save_checkpoint
-from ..records import atomic_write
+from ..records import atomic_write, code_hash, data_hash
 from ..recipes import TECHNIQUES, Combined, Recipe, StudyError
 
 # %% ../../nbs/30_compression/05_variants.ipynb #29ddb349
 def _healed(model, uncut, tokenizer, settings, recipe:Recipe, rows:list[dict], out:Path, name:str, seed:int, shared:bool=False):
-    "Save `model`, cut from `uncut`, at `out`, healed as `settings` (a part of the recipe) say, and unhealed beside it."
+    "Save `model`, cut from `uncut`, at `out`, healed as `settings` (a part of the recipe) say."
     if not settings.heal_tokens: return save_checkpoint(model, tokenizer, out)
-    save_checkpoint(model, tokenizer, f"{out}_unhealed")
     heal(model, tokenizer, rows, recipe.qlora.of(NAMES[architecture(model)]), out, f"heal {name}", settings.heal_tokens, settings.heal, shared, seed,
          uncut if settings.heal == "distill" else None, settings.heal_lr)
 
+def _limit(model, recipe:Recipe) -> int: # tokens of a row
+    return min(recipe.qlora.of(NAMES[architecture(model)]).max_length, model.config.max_position_embeddings)
+
 def _rows_for(model, tokenizer, recipe:Recipe, rows:list[dict], n:int, seed:int) -> list[dict]: # batches of n rows in all
-    limit = min(recipe.qlora.of(NAMES[architecture(model)]).max_length, model.config.max_position_embeddings)
-    return training_batches(tokenizer, rows, limit, 16, -(-n//16), seed) if n else []
+    return training_batches(tokenizer, rows, _limit(model, recipe), 16, -(-n//16), seed) if n else []
 
 def combined_cut(
     model:PreTrainedModel, # in full precision
@@ -55,7 +56,7 @@ def combined_cut(
 
 def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:int):
     "Pruned, then tied, then healed once for both, then quantised."
-    c = recipe.combined
+    c = recipe.combined.of(NAMES[architecture(model)])
     batches = _rows_for(model, tokenizer, recipe, rows, max(64 if c.blocks else 0, c.reconstruct_rows), seed)
     small = combined_cut(model, c, batches[:4], batches[:-(-c.reconstruct_rows//16)])
     step = out.with_name(f"{out.name}_healed") if c.format != "none" else out
@@ -79,12 +80,12 @@ def training_batches(
 
 def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list[dict], out:Path, seed:int):
     model, tokenizer = load_checkpoint(checkpoint)
-    s, limit = recipe.early_exit, min(recipe.qlora.max_length, model.config.max_position_embeddings)
+    s, batch_size, limit = recipe.early_exit, recipe.qlora.of(NAMES[architecture(model)]).batch_size, _limit(model, recipe)
     layers = model.config.num_hidden_layers
     if max(s.exits) >= layers: raise StudyError(f"early_exit.exits: {max(s.exits)} is not before the last of {layers} layers; choose from 1..{layers-1}")
-    batches = lambda rs, n: training_batches(tokenizer, rs, limit, recipe.qlora.batch_size, n, seed)
+    batches = lambda rs, n: training_batches(tokenizer, rs, limit, batch_size, n, seed)
     heads = train_exits(model, batches(rows, s.steps), ExitHeads.of(model, list(s.exits), s.skipped), s.steps, s.lr, seed)
-    check = batches(validation, max(1, len(validation)//recipe.qlora.batch_size))
+    check = batches(validation, max(1, len(validation)//batch_size))
     floor, table = calibrate_tau(model, heads, check, s.agreement)
     ids = lambda r: [[t for t, l in zip(r["input_ids"], r["labels"]) if (l == -100) == asked] for asked in (True, False)] # prompt, program
     programs = [ids(r) for r in encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in validation], limit)]
@@ -142,7 +143,7 @@ def build(
     if technique not in TECHNIQUES: raise StudyError(f"technique: {technique!r} is not one of {', '.join(TECHNIQUES)}")
     start, out = Path(pretrained if technique in ("untuned", "names") else tuned), Path(out)
     if technique == "base": return start, compare(start, start)
-    made_of = dict(technique=technique, seed=seed, tuned=weights_hash(start), settings=recipe.hash("qlora", technique)) # if any of it changes, the variant is made anew
+    made_of = dict(technique=technique, seed=seed, tuned=weights_hash(start), settings=recipe.hash("qlora", technique), rows=data_hash(rows), validation=data_hash(validation), code=code_hash("compression", "finetuning")) # if any of it changes, the variant is made anew
     if not (out/"variant.json").exists() or json.loads((out/"variant.json").read_text()) != made_of:
         shutil.rmtree(out, ignore_errors=True)
         _make(technique, recipe, start, rows, validation, out, seed)

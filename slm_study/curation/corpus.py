@@ -20,7 +20,7 @@ from zlib import crc32
 from tqdm import tqdm
 
 from ..recipes import StudyError
-from ..records import atomic_write
+from ..records import atomic_write, code_hash
 from .sources import SOURCES, MissingSource, source_path
 from .slots import program_to_slots
 from .prompts import render
@@ -82,11 +82,12 @@ class Guard:
         slots:bool, # as in make_pair
         families:tuple=None, # names; None: all
         varied:float=0., # as in make_pair
+        split:str="train", # as in make_pair
     ): # yields dict, of make_pair
         "Pairs that may stay; counts the others by reason."
         kept = drawn = 0
         while kept < n:
-            pair = make_pair(rng, slots, "train", families, varied)
+            pair = make_pair(rng, slots, split, families, varied)
             drawn += 1
             self.counts["drawn"] += 1
             if reason := self.reason(pair): self.counts[reason] += 1
@@ -219,7 +220,7 @@ def _pretrain_pairs(guard, data):
         yield dict(text=p[kind + "prompt"] + p[kind + "completion"], loss_from=len(p[kind + "prompt"]), source="tasks")
 
 def _tuning_pairs(guard, n, data, name):
-    for p in guard.pairs(n, random.Random(f"{data.seed} {name}"), data.slots, varied=data.varied * (name == "train")): 
+    for p in guard.pairs(n, random.Random(f"{data.seed} {name}"), data.slots, varied=data.varied * (name == "train"), split=name):
         yield {k: p[k] for k in ("prompt", "completion", "plain_prompt", "plain_completion", "family")} | dict(new=p["family"] in HELD_BACK)
 
 def _remember(guard, path):
@@ -242,7 +243,7 @@ def curate(
     data, out, parts = recipe.data, Path(out), Path(out)/"parts"
     (out/"manifest.json").unlink(missing_ok=True)
     for leftover in parts.glob(".*.tmp"): leftover.unlink()
-    key = f"{recipe.hash('data')} {version('slm_study')}"
+    key = f"{recipe.hash('data')} {code_hash('curation')}"
     make_tests = lambda: ((t.to_dict() for t in held_out_tasks(data.test_tasks, data.seed, data.slots)), dict)
     pieces = {"test": _piece(parts, "test", key, make_tests, progress, data.test_tasks)[0]}
     tests = load_tasks(pieces["test"])

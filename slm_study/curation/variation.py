@@ -63,7 +63,8 @@ def strange_words()-> tuple: # lower case, sorted
 _BEGINNINGS = ("please ", "could you ", "can you tell me ", "I would like to know ", "I need ", "quick question: ", "help me: ", "task: ",
                "we want to know ", "hey, ", "now ", "using this data, ", "let's see: ", "question: ")
 _ENDS = (", please", " thanks", " for me", " right now", " as a number", " if possible", " exactly", " here")
-_STAYS = re.compile(r"\W*[CVNF]\d+\W*|[^a-zA-Z]*|not|no|never|except|other|without|neither|nor")
+_STAYS = re.compile(r"\W*[CVNF]\d+\W*|[^a-zA-Z]*|not|no|never|except|other|without|neither|nor|lacks?|lacking|above|below|over|under|beyond|exceeding"
+                    r"|more|less|most|least|first|last|before|after|prior|max|min|maximum|minimum|top|bottom|\w+est|(?:great|high|low|small|larg|few|lat|earli)er")
 
 def telegraphic(
     rng:random.Random, # the only source of chance

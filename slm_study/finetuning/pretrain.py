@@ -267,8 +267,8 @@ def pretrain(
     batch_size = max(1, round(settings.batch_tokens*len(encoded)/sum(r["length"] for r in encoded)))
     log = run_trainer(net, encoded, f"{out}_training", f"pretrain {model}", settings.tokens, batch_size, settings.muon_lr, settings.warmup_pct/100, settings.seed,
                       MuonAdamW(net, settings.muon_lr, settings.adamw_lr))
-    shutil.rmtree(f"{out}_training")
     save_checkpoint(net.float(), tokenizer, out, dict(made_by="pretrain", model=model, parameters=net.num_parameters(), settings=settings.model_dump(mode="json"), log=log))
+    shutil.rmtree(f"{out}_training")
     return log
 
 # %% ../../nbs/20_finetuning/00_pretrain.ipynb #74917016

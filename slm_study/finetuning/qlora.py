@@ -95,8 +95,8 @@ def new_first(
 NAMES = {"llama": "tinyllama", "gpt_bigcode": "starcoder"} # of architectures, in recipes
 _WATCHED = 96 # validation rows whose loss is taken during training: more would cost as much as the training
 
-def _prepared(checkpoint, rows, settings, name):
-    "Config, tokenizer and settings of a training that can work."
+def _prepared(checkpoint, rows, settings, name, tokens):
+    "Tokenizer, settings, rows (None: nothing is to be trained) and row limit of a training that can work."
     if not (Path(checkpoint)/"config.json").exists(): raise StudyError(f"{checkpoint}: no checkpoint here; run the step that makes it")
     if not (Path(checkpoint)/"tokenizer.json").exists(): raise StudyError(f"{checkpoint}: has no tokenizer.json; put the model's tokenizer beside its weights")
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
@@ -104,6 +104,7 @@ def _prepared(checkpoint, rows, settings, name):
     settings = settings.of(NAMES[architecture(config)])
     if len(tokenizer) > config.vocab_size: raise StudyError(f"{checkpoint}: its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embeddings; take the tokenizer that the model was trained with")
     limit = min(settings.max_length, config.max_position_embeddings)
+    if not (tokens or settings.epochs or settings.tokens): return tokenizer, settings, None, limit
     encoded = training_rows(tokenizer, rows, limit, settings.loss_on)
     parts = settings.accumulate*int(os.environ.get("WORLD_SIZE", 1))
     check_memory(needed_mib(config, settings, max(1, settings.batch_size//parts), max(r["length"] for r in encoded)), name)
@@ -125,13 +126,14 @@ def finetune(
     validation:list[dict]|None=None # rows for early stopping, and for what merging changes
 ) -> list[dict]: # the log: step, loss, eval_loss
     "Algorithm 1 from a checkpoint to a merged checkpoint; picks up where it was killed."
-    tokenizer, settings, encoded, limit = _prepared(checkpoint, rows, settings, name)
-    if not (tokens or settings.epochs or settings.tokens): return _as_it_came(checkpoint, tokenizer, settings, out, seed)
-    check = training_rows(tokenizer, validation, limit) if validation else None
+    tokenizer, settings, encoded, limit = _prepared(checkpoint, rows, settings, name, tokens)
+    if encoded is None: return _as_it_came(checkpoint, tokenizer, settings, out, seed)
+    check = training_rows(tokenizer, validation, limit) if validation else []
+    check = random.Random(seed).sample(check, len(check)) # new ones among the others
     net = quantised_with_adapters(checkpoint, settings, seed)
     stop = bool(check) and settings.patience > 0
     log = run_trainer(net, encoded, f"{out}_training", name, tokens or settings.epochs*sum(r["length"] for r in encoded) or settings.tokens, settings.batch_size,
-                      settings.lr, settings.warmup_ratio, seed, validation=check[:_WATCHED] if check else None, accumulate=settings.accumulate, order=new_first(settings.new_share, settings.new_until), max_grad_norm=settings.grad_norm,
+                      settings.lr, settings.warmup_ratio, seed, validation=check[:_WATCHED] or None, accumulate=settings.accumulate, order=new_first(settings.new_share, settings.new_until), max_grad_norm=settings.grad_norm,
                       callbacks=[EarlyStoppingCallback(settings.patience)] if stop else (), made_by=settings.model_dump_json(), activation_checkpointing=settings.checkpointing,
                       **dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False) if stop else {})
     if int(os.environ.get("RANK", 0)): return log # one process of several writes
