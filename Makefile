@@ -14,7 +14,7 @@ help: ## show this
 .venv/installed: settings.ini constraints.txt setup.py
 	@test -n "$(PYTHON)" || { echo "make: no python3.11 found; install it or call make PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: $(PYTHON) is not Python 3.11, for which the pinned packages are known to work together; call make PYTHON=/path/to/python3.11"; exit 2; }
-	@echo "Setting up .venv (about 2 GB, some minutes) ..."
+	@echo "Setting up .venv (about 2 GB with PyTorch's CPU build, some minutes) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -27,7 +27,7 @@ bases: .venv/installed ## train the two base models of bases/ anew: an hour on t
 	@mkdir -p runs/bases
 	@$(BIN)/python -m snakemake bases --snakefile Snakefile --directory runs/bases --cores $(CORES) --config recipe=bases --nolock --rerun-incomplete --quiet host reason
 
-test: .venv/installed ## what CI runs: notebooks as tests, lint, and the pipeline on the smoke recipe
+test: .venv/installed ## what CI runs: notebooks as tests, the tree itself, and the pipeline on the smoke recipe
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(CORES) --skip_folder_re '^[_.]|^studies$$'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 

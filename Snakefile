@@ -1,15 +1,15 @@
 # Which runs are out of date, and in which order? `slm-study run` (or `make study`) calls this; so can you:
 #   snakemake --cores 2 --config recipe=pocket            on this machine
 #   snakemake --executor slurm -j 50 --config recipe=paper   on a cluster, with the executor plugin installed
-import os, sys
+import os, shlex, sys
 from slm_study.recipes import Run, root
 from slm_study.studies import STEPS, executed_path
 
 RECIPE, OUT = str(config.get("recipe", "pocket")), str(config.get("out", ""))
 STUDY = Run(RECIPE, out=OUT)
 R = STUDY.recipe
-STEP = f"{sys.executable} -m slm_study.studies"
-GIVEN = f"--recipe {STUDY.source} " + (f"--out {OUT}" if OUT else "")
+STEP = f"{shlex.quote(sys.executable)} -m slm_study.studies"
+GIVEN = f"--recipe {shlex.quote(str(STUDY.source))} " + (f"--out {shlex.quote(OUT)}" if OUT else "")
 HALF = max(1, workflow.cores//2) if workflow.cores else 1
 
 

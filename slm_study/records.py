@@ -202,6 +202,7 @@ def read_record(path:str|Path) -> dict:
 def as_rows(record:dict) -> list[dict]: # keys COLUMNS
     "The rows of one record."
     run = {k: record["run"][k] for k in ("recipe", "model", "technique", "seed")}
+    if unknown := sorted({m["metric"] for m in record["metrics"]} - set(METRICS)): raise StudyError(f"record of {run['model']}, {run['technique']}: no such metric: {', '.join(unknown)}; run that evaluation again")
     return [{**run, **m, "unit": METRICS[m["metric"]].unit} for m in record["metrics"]]
 
 def tidy(rows) -> pd.DataFrame: # columns COLUMNS
@@ -212,7 +213,11 @@ def tidy(rows) -> pd.DataFrame: # columns COLUMNS
     return df.sort_values(["recipe", "model", "technique", "seed", "backend", "metric"], key=key, kind="stable").reset_index(drop=True).astype({"n": "Int64"})
 
 def _record_paths(folder) -> list[Path]:
-    paths = sorted(Path(folder).glob("*/seed*/*/record.json"), key=lambda p: (MODELS.index(p.parts[-4]), p.parts[-3], TECHNIQUES.index(p.parts[-2])))
+    paths = list(Path(folder).glob("*/seed*/*/record.json"))
+    for p in paths:
+        for what, name, known in (("model", p.parts[-4], MODELS), ("technique", p.parts[-2], TECHNIQUES)):
+            if name not in known: raise StudyError(f"{p}: no such {what}: {name}; there are {', '.join(known)}; move that folder away")
+    paths.sort(key=lambda p: (MODELS.index(p.parts[-4]), p.parts[-3], TECHNIQUES.index(p.parts[-2])))
     if not paths: raise StudyError(f"{folder}: holds no records; run `make study` first")
     return paths
 

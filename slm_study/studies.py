@@ -15,7 +15,7 @@ from .recipes import Run, StudyError, root
 
 # %% ../nbs/03_studies.ipynb #8fb5f535
 STEPS = {"1_curate": lambda run: run.corpus/"manifest.json",
-         "0_pretrain": lambda run: run.pretrained/"slm_study.json",
+         "0_pretrain": lambda run: run.pretrained/("config.json" if run.base_given and not (run.pretrained/"slm_study.json").exists() else "slm_study.json"), # a folder of somebody else's is done
          "2_finetune": lambda run: run.tuned/"slm_study.json",
          "3_evaluate": lambda run: run.folder/"record.json",
          "3b_sweep": lambda run: run.tuned.parent/"sweep"/"sweep.json",
@@ -153,10 +153,10 @@ def main(argv:list[str]|None=None) -> int: # 0 done, 1 the step failed, 2 the ca
                                      epilog="example: python -m slm_study.studies 3_evaluate --recipe smoke --model starcoder --technique pruning")
     parser.add_argument("step", choices=list(STEPS))
     parser.add_argument("--recipe", default="pocket", help="a recipe's name or file (default: pocket)")
-    parser.add_argument("--model"); parser.add_argument("--technique"); parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model"); parser.add_argument("--technique"); parser.add_argument("--seed", type=int, help="default: the recipe's first")
     parser.add_argument("--out", default="", help="working folder (default: runs/<recipe>)")
     a = parser.parse_args(argv)
-    missing = [f"--{k}" for k in TAKES[a.step] if getattr(a, k) is None]
+    missing = [f"--{k}" for k in TAKES[a.step] if k != "seed" and getattr(a, k) is None]
     if missing: parser.error(f"{a.step} needs {' '.join(missing)}")
     try: run = Run(a.recipe, a.model, a.technique, a.seed, a.out)
     except StudyError as e: print(f"slm_study: {e}", file=sys.stderr); return 2

@@ -1,5 +1,5 @@
 """Ten thousand tasks of all families and splits: every reference is run once more in another process. `python tests/all_tasks.py [tasks] [workers]`."""
-import concurrent.futures, json, multiprocessing, os, sys, time
+import concurrent.futures, itertools, json, multiprocessing, os, sys, time
 from collections import Counter
 
 from slm_study.curation.tasks import FAMILIES, LOG_FAMILIES, SPLITS, TABLE_FAMILIES, families_of, generate_tasks, run_reference, same_answer
@@ -30,7 +30,7 @@ def all_tasks(n, workers, seed=0):
 
 
 if __name__ == "__main__":
-    n, workers = (int(x) for x in (sys.argv[1:3] if len(sys.argv) > 2 else (10_000, 2)))
+    n, workers = (int(given or usual) for given, usual in itertools.zip_longest(sys.argv[1:3], (10_000, 2)))
     report, rows = all_tasks(n, workers)
     print(f"{'family':22}{'kind':9}{'difficulty':>10}{'tasks':>7}{'requests':>10}{'programs':>10}{'answers':>9}")
     for r in rows: print(f"{r[0]:22}{r[1]:9}{r[2]:10}{r[3]:7}{r[4]:10}{r[5]:10}{r[6]:9}")

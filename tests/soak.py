@@ -1,5 +1,5 @@
 """Long runs: many programs, some hostile; and a driver that is killed again and again. `python tests/soak.py` runs both in full."""
-import json, os, random, signal, sqlite3, subprocess, sys, time
+import itertools, json, os, random, signal, sqlite3, subprocess, sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -95,7 +95,7 @@ def kill_driver(folder, programs, kills, seed):
 
 if __name__ == "__main__":
     import tempfile
-    n, kills = (int(x) for x in (sys.argv[1:3] if len(sys.argv) > 2 else (10_000, 50)))
+    n, kills = (int(given or usual) for given, usual in itertools.zip_longest(sys.argv[1:3], (10_000, 50)))
     first = soak(n, 0.02, seed=0, show=True)
     print("soak", json.dumps(first, indent=1), flush=True)
     with tempfile.TemporaryDirectory() as d: second = kill_driver(d, 40*kills, kills, seed=0) # enough programs to outlast the kills

@@ -46,18 +46,19 @@ def better_first(
     recipe:str="pocket" # whose committed records are read
 ) -> list[str]: # models
     "The models, the one with more right answers first."
-    try: records = read_csv(Run(recipe).figures/"records.csv")
-    except (OSError, StudyError): return list(MODELS)
+    run = Run(recipe)
+    try: records = read_csv(run.figures/"records.csv")
+    except (OSError, StudyError): return list(run.recipe.models)
     right = records[(records.technique == "base") & (records.metric == "accuracy_pct") & (records.backend == "torch")].groupby("model").value.mean()
-    return sorted(MODELS, key=lambda m: -right.get(m, 0.))
+    return sorted(run.recipe.models, key=lambda m: -right.get(m, 0.))
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #f603c0f2
 @dataclass(frozen=True)
 class Reply:
-    "One answer to a question, and the first of the programs that gave it."
+    "One answer to a question, and the first of the programs that gave it; one that leaves nothing out, if there is any."
     answer: str       # what it printed
     files: dict       # name -> bytes: what it wrote, such as a picture
-    votes: int        # programs that printed and wrote the same
+    votes: int        # programs that printed and wrote the same, without those that leave something out if one does not
     of: int           # programs that were run
     program: str      # Python, names filled in, repaired
     model: str        # whose program
@@ -81,7 +82,7 @@ class Assistant:
         memory_mib:int=1024,     # that it may take
         unsafe:bool=False        # no isolation
     ):
-        if draws < 0: raise StudyError(f"draws: {draws} is less than 0")
+        if draws < 0: raise StudyError(f"draws: {draws} is less than 0; give 0 or more")
         self.names, self.recipe, self.runs, self.draws, self.patience_s, self.max_new_tokens = list(models) or better_first(recipe), recipe, runs, draws, patience_s, max_new_tokens
         self.sandbox = Sandbox(workers=1, limits=Limits(seconds=seconds, memory_mib=memory_mib), calibrate=False, unsafe=unsafe)
 
@@ -110,7 +111,7 @@ class Assistant:
         return repair(fill_slots(text, slots), prompt).program, text, time.perf_counter() - start
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #5f4b349f
-def _said(reply): return (*reply.answer.split(), None, *sorted(reply.files)) if reply.ran else reply.program # programs that say the same count together
+def _said(reply): return (*reply.answer.split(), None, *sorted(reply.files.items())) if reply.ran else reply.program # programs that say the same count together
 
 @patch
 def ask(self:Assistant,
@@ -119,7 +120,7 @@ def ask(self:Assistant,
 ) -> list[Reply]: # the best first: that of most programs among those that ran and left nothing out
     "Let every model write programs, run them, and count what they say."
     if not request.strip(): raise StudyError("request: is empty; ask something, such as 'how many lines per level?'")
-    if len({d.name for d in data}) < len(data): raise StudyError(f"data: two files are named {data[0].name}; rename one")
+    if again := [d.name for i, d in enumerate(data) if d.name in {e.name for e in data[:i]}]: raise StudyError(f"data: two files are named {again[0]}; rename one")
     columns, files, start, known, replies = tuple(c for d in data for c in as_said(d, request)), {d.name: d.text for d in data}, time.perf_counter(), {}, []
     for d in data: request = quote_found(request, d, columns)
     prompt, slots = render(request, handover_of(columns), columns)
@@ -129,9 +130,10 @@ def ask(self:Assistant,
         program, text, wrote = self.write(name, prompt, slots, draw)
         if program not in known: known[program] = self.sandbox.run(program, files)
         replies.append(_reply(name, program, tuple(called.get(v, v) for v in unused(request, prompt, text, slots)), known[program], wrote))
-    votes, firsts = Counter(map(_said, replies)), {}
-    for r in replies: firsts.setdefault(_said(r), r)
-    return sorted((replace(r, votes=votes[said], of=len(replies)) for said, r in firsts.items()), key=lambda r: (not r.ran, bool(r.unused), -r.votes))
+    groups = {}
+    for r in replies: groups.setdefault(_said(r), []).append(r)
+    whole = [[r for r in rs if not r.unused] or rs for rs in groups.values()] # a program that leaves something out is no witness for one that does not
+    return sorted((replace(rs[0], votes=len(rs), of=len(replies)) for rs in whole), key=lambda r: (not r.ran, bool(r.unused), -r.votes))
 
 def _reply(name, program, left_out, got, wrote):
     "What became of one program"

@@ -17,7 +17,7 @@ from ..studies import STEPS
 def only_one(
     folder:Path # working folder of the study
 ):
-    "Hold the folder's lock; raises `StudyError` if another process has it."
+    "Hold the folder's lock and yield its descriptor: who inherits it holds the lock as well; raises `StudyError` if another process has it."
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/".lock", "a+") as f:
         try:
@@ -25,7 +25,7 @@ def only_one(
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError: pass # Windows has no such lock
         except OSError: raise StudyError(f"{folder}: another study is running here; wait for it, or give another --out") from None
-        yield
+        yield f.fileno()
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #2fb09b82
 def targets(
@@ -58,12 +58,14 @@ def run_study(
 ) -> int: # 0 done, 1 something failed
     "Run a study to its end, or as far as it goes."
     start = time.perf_counter()
-    with only_one(run.out):
-        process = subprocess.Popen(snakemake_command(run, cores, goals, dry_run), env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    def stop(*_): raise KeyboardInterrupt
+    with only_one(run.out) as lock:
+        process, before = subprocess.Popen(snakemake_command(run, cores, goals, dry_run), env={**os.environ, "PYTHONUNBUFFERED": "1"}, pass_fds=(lock,)), signal.signal(signal.SIGTERM, stop)
         try: status = process.wait()
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             status = process.wait()
+        finally: signal.signal(signal.SIGTERM, before)
     if dry_run: return status
     took = f"{time.perf_counter()-start:.0f} s"
     if status: print(f"slm-study: stopped after {took}; finished runs are kept in {run.out}. Mend what the message above names and run the same command again.", file=sys.stderr)
@@ -141,7 +143,8 @@ def export_variant(
 # %% ../../nbs/70_assistant/02_cli.ipynb #3778f2cf
 def parser() -> argparse.ArgumentParser:
     "All commands and their help."
-    p = argparse.ArgumentParser("slm-study", description="Small language models that write Python to analyse logs, and what compression really does to them.")
+    p = argparse.ArgumentParser("slm-study", description="Small language models that write Python to analyse logs, and what compression really does to them.",
+                                epilog="examples:  slm-study ask 'top 5 addresses' --data auth.log    |    slm-study run --recipe smoke    |    slm-study COMMAND --help")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     r = commands.add_parser("run", help="run a study, or go on with one", description="Run a study from data to tables and figures; what is done already is not done again.",
                             epilog="examples:  slm-study run    |    slm-study run --recipe smoke --dry-run    |    slm-study run --model starcoder --technique base --technique pruning")
@@ -179,8 +182,7 @@ def _ask(a): # what `slm-study ask` was asked for, checked
     return work
 
 def _export(a): # what `slm-study export` was asked for, checked
-    first = Run(a.recipe, out=a.runs).recipe.seeds[0]
-    run = Run(a.recipe, a.model, a.technique, first if a.seed is None else a.seed, a.runs)
+    run = Run(a.recipe, a.model, a.technique, a.seed, a.runs)
     return lambda: export_variant(run, a.type, a.out)
 
 def _bench(a): # what `slm-study bench` was asked for, checked

@@ -7,7 +7,7 @@ __all__ = ['MAX_MIB', 'FEW', 'TIMES', 'LEVELS', 'Data', 'read_text', 'kind_of', 
            'any_columns', 'read_data']
 
 # %% ../../nbs/70_assistant/00_reader.ipynb #73c45fbd
-import gzip, io, re
+import gzip, io, re, zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +37,8 @@ def read_text(
     path = Path(path)
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: raw = f.read(MAX_MIB*2**20 + 1)
-    except (OSError, EOFError) as e: raise StudyError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a log, a CSV or a JSON-lines file") from None
+    except (OSError, EOFError, zlib.error) as e: # the last two: a damaged .gz
+        raise StudyError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a log, a CSV or a JSON-lines file") from None
     if len(raw) > MAX_MIB*2**20: raise StudyError(f"{path}: is larger than {MAX_MIB} MiB; cut out the part that is asked about, such as with `tail -n 100000`")
     if b"\0" in raw[:8192]: raise StudyError(f"{path}: is no text; give a log, a CSV or a JSON-lines file")
     text = raw.decode("utf-8-sig", "replace")
@@ -54,8 +55,9 @@ def kind_of(
     values = values.dropna()
     if pd.api.types.is_bool_dtype(values) or not len(values): return "category"
     if pd.api.types.is_numeric_dtype(values): return "number"
+    if pd.api.types.is_datetime64_any_dtype(values): return "time"
     said = values.astype(str)
-    dated = said.str.contains(r"\d[-/:]\d").mean() > .95 and pd.to_datetime(said.head(200), errors="coerce", format="mixed").notna().mean() > .95
+    dated = said.str.contains(r"\d[-/:]\d").mean() > .95 and pd.to_datetime(said.head(200), errors="coerce", format="mixed", utc=True).notna().mean() > .95
     if dated: return "time"
     return "category" if said.nunique() <= max(FEW, len(said)//10) and said.str.len().mean() < 40 else "text"
 
@@ -67,7 +69,7 @@ def read_table(
     format:str  # "csv" or "jsonl"
 ) -> Data:
     "Describe a table."
-    try: df = pd.read_csv(io.StringIO(text)) if format == "csv" else pd.read_json(io.StringIO(text), lines=True, convert_dates=False)
+    try: df = pd.read_csv(io.StringIO(text)) if format == "csv" else pd.read_json(io.StringIO(text), lines=True)
     except (ValueError, pd.errors.ParserError) as e: raise StudyError(f"{name}: is no {format} file ({str(e).splitlines()[0][:100]}); mend that line, or leave it out") from None
     if not len(df.columns) or not len(df): raise StudyError(f"{name}: has no rows")
     kinds = {c: kind_of(df[c]) for c in df.columns}

@@ -106,7 +106,8 @@ def _exit_parameters(path):
 # %% ../../nbs/30_compression/00_audit.ipynb #61395f9b
 def _change(x, y, shared):
     if shared: return "shared"
-    if x.shape != y.shape or x.dtype != y.dtype: return "shape"
+    if x.shape != y.shape: return "shape"
+    if x.dtype != y.dtype: return "type"
     if x.is_meta or y.is_meta: return "same shape"
     if torch.equal(x, y): return "same"
     kept = y != 0
@@ -115,7 +116,7 @@ def _change(x, y, shared):
 def changes(
     before:PreTrainedModel, # two models of one architecture
     after:PreTrainedModel
-) -> pd.DataFrame: # name, before, after (shapes), change: same, values, masked, shape, shared, removed, added
+) -> pd.DataFrame: # name, before, after (shapes), change: same, values, masked, shape, type, shared, removed, added
     "Tensor by tensor, what a compression did."
     names = lambda m: dict(m.named_parameters(remove_duplicate=False))
     old, new, own_old, own_new = names(before), names(after), unique_parameters(before), unique_parameters(after)
@@ -139,9 +140,9 @@ def _verdict(a, b, table, technique):
         if newly and not kinds & {"shape", "removed"}: return f"tied: {lost()}"
         return f"{'tied and ' if newly else ''}smaller by {smaller:.1f} %"
     if technique == "weight_sharing" and a["tied"] and b["tied"]: return "already tied: 0 bytes saved"
-    if "masked" in kinds: return f"masked only: {b['zeros_pct']:.1f} % of the weights are zero, no tensor shrank"
+    if "masked" in kinds and kinds <= {"same", "masked"}: return f"masked only: {b['zeros_pct']:.1f} % of the weights are zero, no tensor shrank"
     if kinds <= {"same", "same shape"}: return "unchanged"
-    return f"same size: {int((table.change == 'values').sum())} of {len(table)} tensors have other values"
+    return f"same size: {int((~table.change.isin(('same', 'same shape', 'shared'))).sum())} of {len(table)} tensors have other values" + (f", {b['zeros_pct']:.1f} % of the weights are zero" if "masked" in kinds else "")
 
 def compare(
     before:PreTrainedModel|str|Path, # model or checkpoint folder

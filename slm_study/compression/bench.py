@@ -102,7 +102,7 @@ def exit_row(
     tau:float|list[float], # a list holds one per token
     texts:list[tuple[torch.Tensor, int]], # prompts [1, tokens], and how many tokens are decoded after each, at least 2
     repeats:int            # turns
-) -> dict: # in %: layers_run, skipped (layers), macs (of full depth, with what is caught up), predicted (weights not read), realised (time saved); realised_over_predicted with its 95 % interval low, high, and realised_over_skipped
+) -> dict: # in %: layers_run, skipped (layers), macs (of full depth, with what is caught up), predicted (weights not read), realised (time saved); realised_over_predicted with its 95 % interval low, high, and realised_over_skipped; NaN where nothing was promised
     "Saving that arrives against saving that was promised, full depth and exits in turns."
     runs = [decode(model, ids, None, tokens, ignore_eos=True, exits=exits, tau=tau) for ids, tokens in texts]
     depths, late = [d for r in runs for d in r.layers_run[0][1:]], sum(r.late_blocks[0] for r in runs) # the first token comes from the prompt
@@ -111,8 +111,9 @@ def exit_row(
     ran, price = 100*sum(depths)/(len(depths)*exits.layers), exit_macs(model, exits, depths, late)
     predicted = 100 - price["weights_pct"]
     realised, low, high = (100*x for x in median_interval(1 - early/full))
-    return dict(layers_run=ran, skipped=100 - ran, macs=price["macs_pct"], predicted=predicted, realised=realised, realised_over_predicted=realised/predicted,
-                low=low/predicted, high=high/predicted, realised_over_skipped=realised/(100 - ran))
+    over = lambda x, promised: x/promised if promised > 0 else np.nan # exits that are asked and seldom taken promise nothing
+    return dict(layers_run=ran, skipped=100 - ran, macs=price["macs_pct"], predicted=predicted, realised=realised, realised_over_predicted=over(realised, predicted),
+                low=over(low, predicted), high=over(high, predicted), realised_over_skipped=over(realised, 100 - ran))
 
 def exit_bench(
     models:Sequence[str]=MODELS,

@@ -62,6 +62,7 @@ def train_exits(
             for p,g in zip(params, torch.autograd.grad(loss, params)): p.grad = g # gradients for the heads alone
             opt.step(); fall.step()
     model.train(was)
+    if not recent: raise StudyError("early_exit: no batch has a label, so nothing was learned; pass batches with programs")
     return heads
 
 # %% ../../nbs/30_compression/04a_exit_training.ipynb #5ce3b0db

@@ -6,7 +6,7 @@
 __all__ = ['Drafts', 'decode_lossless', 'choose_draft']
 
 # %% ../../nbs/30_compression/04b_lossless.ipynb #83520f92
-import math
+import copy, math
 from collections.abc import Sequence
 from dataclasses import dataclass
 import pandas as pd
@@ -57,7 +57,6 @@ def _row(run, ids, new, ends, exits, at, tau, draft):
             if k == last or sure <= tau: break
             guesses.append(token)
             if token in ends: break
-        guesses = guesses[:len(states)]
         truth = _above(run, at, states, start, cache)
         same = next((i for i,(g,t) in enumerate(zip(guesses, truth)) if g != t), len(guesses))
         for t in truth[:same+1]: # the agreed ones, and the full model's next
@@ -83,8 +82,9 @@ def decode_lossless(
     if exits is None: raise StudyError("exits: nothing to draft with; pass exits=ExitHeads.of(model, [layers]) or those of load_exits")
     run, at = runner(model), at if at is not None else exits.exits[0]
     if at not in exits.exits or exits.layers != run.layers: raise StudyError(f"exits: no exit after block {at} of {run.layers}; there are {', '.join(map(str, exits.exits))} of {exits.layers}")
+    if exits.hidden != run.hidden: raise StudyError(f"exits: {exits.hidden} wide, the model is {run.hidden}; pass exits made for it")
     if not 0 < tau <= 1 or draft < 1: raise StudyError(f"lossless: tau {tau} must be in (0, 1] and draft {draft} at least 1")
-    if exits.maps[0].dtype != run.dtype: exits = exits.to(run.dtype)
+    if (exits.maps[0].dtype, exits.maps[0].device) != (run.dtype, run.device): exits = copy.deepcopy(exits).to(run.device, run.dtype)
     valid = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
     prompt_lengths(run, valid, max_new_tokens)
     done = [_row(run, ids[v], max_new_tokens, end_tokens(eos_token_id), exits, at, tau, draft) for ids, v in zip(input_ids, valid)]

@@ -106,13 +106,14 @@ BLOCK = 32 # channels; the smallest step of a width
 
 def kept_width(
     width:int,  # channels now
-    ratio:float # fraction to remove, (0, 1)
+    ratio:float, # fraction to remove, (0, 1)
+    key:str="pruning.ratio" # what a message calls it
 ) -> int: # channels that stay, a multiple of 32
     "Width after pruning, rounded to the nearest multiple of 32."
-    check_ratio(ratio)
+    check_ratio(ratio, key)
     keep = round((1-ratio)*width/BLOCK)*BLOCK
-    if keep < BLOCK: raise StudyError(f"pruning.ratio: {ratio} would leave {keep} of {width} channels; widths are multiples of {BLOCK}, so the highest ratio is {1-BLOCK/width:.2f}")
-    if keep >= width: raise StudyError(f"pruning.ratio: {ratio} removes no channel of {width}; widths are multiples of {BLOCK}, so the lowest ratio is about {BLOCK/width:.2f}")
+    if keep < BLOCK: raise StudyError(f"{key}: {ratio} would leave {keep} of {width} channels; widths are multiples of {BLOCK}, so remove less: at {1-BLOCK/width:.2f} there are {BLOCK}")
+    if keep >= width: raise StudyError(f"{key}: {ratio} removes no channel of {width}; widths are multiples of {BLOCK}, so the lowest ratio is about {BLOCK/width:.2f}")
     return keep
 
 # %% ../../nbs/30_compression/01_pruning.ipynb #295fef79
@@ -170,6 +171,7 @@ def mask_ffn(
 # %% ../../nbs/30_compression/01_pruning.ipynb #2852c8b2
 def _groups(model):
     if architecture(model) != "llama": raise StudyError("pruning: gpt_bigcode has one key-value head, so no group can leave; use prune_query_heads, or prune channels or layers")
+    _dense(model)
     c = model.config
     return c.num_key_value_heads, c.num_attention_heads//c.num_key_value_heads, blocks(model)[0].self_attn.head_dim
 
@@ -194,7 +196,7 @@ def prune_kv_groups(
     out = copy.deepcopy(model)
     for block, s in zip(blocks(out), scores or kv_group_scores(model)):
         a, keep = block.self_attn, s.topk(n-groups).indices.sort().values
-        rows = lambda heads: (keep[:,None]*heads*width + torch.arange(heads*width)).flatten() # of the kept groups
+        rows = lambda heads: (keep[:,None]*heads*width + torch.arange(heads*width, device=keep.device)).flatten() # of the kept groups
         _slice(a.q_proj, rows=rows(per)); _slice(a.k_proj, rows=rows(1)); _slice(a.v_proj, rows=rows(1)); _slice(a.o_proj, columns=rows(per))
     out.config.num_key_value_heads, out.config.num_attention_heads, out.config.head_dim = n-groups, (n-groups)*per, width
     return out
@@ -276,6 +278,7 @@ def activation_scores(
     batches                # of dicts with input_ids [rows, tokens] and, where padded, attention_mask
 ) -> list[torch.Tensor]: # per layer [channels]
     "Score each channel by its root mean square activation on real tokens, times the norm of its output column."
+    _dense(model)
     outputs, sums, tokens, keep = [ffn(b).output for b in blocks(model)], [0.]*len(blocks(model)), 0, None
     def watch(i):
         def hook(module, args): sums[i] = sums[i] + args[0][keep].float().square().sum(0)

@@ -17,7 +17,7 @@ from .exit_training import FREE_TAUS, calibrate_programs, calibrate_tau, train_e
 from .healing import heal
 from .quantization import check_quantizable, quantize
 from .reconstruction import reconstruct
-from .pruning import block_influence, ffn_scores, kept_channels, prune_ffn, prune_layers, prune_masked, row_mask
+from .pruning import block_influence, ffn_scores, kept_channels, kept_width, prune_ffn, prune_layers, prune_masked, row_mask
 from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
 from ..finetuning.qlora import NAMES, finetune
@@ -49,6 +49,7 @@ def combined_cut(
     if c.blocks:
         if not 0 < (gone := round(c.blocks*n)) < n: raise StudyError(f"combined.blocks: {c.blocks} of {n} blocks is {gone}; choose a part that is one block at the least and not all, or 0")
         removed = block_influence(model, batches).argsort()[:gone].tolist()
+    kept_width(ffn(blocks(model)[0]).width, c.ratio, "combined.ratio")
     cut = prune_ffn(prune_layers(model, removed) if removed else model, c.ratio, c.norm)
     if c.format != "none": check_quantizable(cut, c.format) # before the training, not after
     if fit: cut, _ = reconstruct(cut, model, fit, removed)

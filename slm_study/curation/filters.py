@@ -140,7 +140,7 @@ def mine_pairs(
     longest:int=1200, # characters of a program
 )-> list: # of Mined(request, program)
     "Requests that a file answers itself, with the program that is the answer."
-    lines = text.splitlines()
+    lines = text.split("\n") # as ast counts; a form feed ends no line
     return [m for m in (*_from_functions(lines, tree), *_from_script(text, lines, tree)) if 40 < len(m.program) <= longest and parse(m.program)]
 
 # %% ../../nbs/10_curation/08_filters.ipynb #409586c8
@@ -177,10 +177,10 @@ def redact(
     "E-mail addresses replaced by user@example.com."
     if not _EMAIL.search(text): return text, 0
     if not code: return _EMAIL.subn("user@example.com", text)
-    n, lines = 0, text.splitlines(keepends=True)
+    n, lines = 0, text.split("\n") # as tokenize counts
     try: tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type in (tokenize.STRING, tokenize.COMMENT)]
     except (tokenize.TokenError, SyntaxError): return _EMAIL.subn("user@example.com", text)
     for row in sorted({r for t in tokens if _EMAIL.search(t.string) for r in range(t.start[0] - 1, t.end[0])}):
         lines[row], k = _EMAIL.subn("user@example.com", lines[row])
         n += k
-    return "".join(lines), n
+    return "\n".join(lines), n

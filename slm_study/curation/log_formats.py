@@ -6,6 +6,7 @@
 __all__ = ['EPOCH', 'HELD_OUT_FORMATS', 'fill_log', 'fill_logs', 'share', 'guess_format', 'log_columns']
 
 # %% ../../nbs/10_curation/03b_log_formats.ipynb #a78bea43
+import csv
 import random
 import re
 from datetime import datetime
@@ -244,7 +245,7 @@ HELD_OUT_FORMATS = ("zookeeper", "firewall", "accounting")
 def fill_log(
     fmt:str, # a key of FORMATS
     rng:np.random.Generator, # the only source of chance
-    rows:int=None, # default: 80 to 240
+    rows:int=None, # default: 80 to 239
     cast:Cast=None, # shared by logs of one machine; None: a new one
 )-> str: # the file's text
     "Make a log file in one of the formats."
@@ -269,18 +270,22 @@ def share(
     "How many of the lines have it."
     return sum(bool(re.search(pattern, l)) for l in lines) / len(lines)
 
+def _is_csv(lines): # equally many cells in every row, and a head that is no log line
+    try: cells = set(map(len, csv.reader(lines)))
+    except csv.Error: return False
+    return len(cells) == 1 and cells != {1} and not re.search(r"\d:\d\d", lines[0])
+
 def guess_format(
     text:str, # a log, or its beginning
 )-> str: # a key of FORMATS, "jsonl", "csv", or "" where none fits
     "The format of a file, from its first lines."
-    lines = [l for l in text[:200_000].splitlines()[:300] if l.strip()]
+    lines = [l for l in (text if len(text) <= 200_000 else text[:200_000].rpartition("\n")[0]).splitlines()[:300] if l.strip()] # whole lines
     if not lines: return ""
     if share(r"^\s*\{.*\}\s*$", lines) > 0.9: return "jsonl"
     shares = {name: share(FORMATS[name].shape, lines) for name in (*_SPECIAL, *FORMATS)}
-    best = next((name for name in _SPECIAL if shares[name] > 0.85), max(shares, key=lambda name: (shares[name], name not in _SPECIAL)))
+    best = next((name for name in _SPECIAL if shares[name] > 0.85), max(shares, key=shares.get))
     if shares[best] > 0.6: return best
-    commas = {l.count(",") for l in lines if '"' not in l}
-    return "csv" if len(commas) == 1 and commas != {0} else ""
+    return "csv" if _is_csv(lines) else ""
 
 # %% ../../nbs/10_curation/03b_log_formats.ipynb #ef3f67b2
 def log_columns(

@@ -200,7 +200,7 @@ def draw_threshold(
 def draw_moment(
     rng:random.Random, # the only source of chance
 )-> str: # "2024-03-05 14:00"
-    "A within the two days that files cover."
+    "A moment within the two days that files cover."
     return (START + timedelta(hours=rng.randrange(6, 42))).strftime(rng.choice(("%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S")))
 
 # %% ../../nbs/10_curation/03_worlds.ipynb #07fd3cad
@@ -222,7 +222,7 @@ def _moments(n, rng):
 def fill_table(
     table:Table, # as described
     rng:np.random.Generator, # the only source of chance
-    rows:int=None, # default: 60 to 160
+    rows:int=None, # default: 60 to 159
 )-> list: # of dict, one per row
     "Make the rows of a described table."
     n = rows or int(rng.integers(60, 160))

@@ -61,7 +61,6 @@ stat statfs statx symlink symlinkat sync_file_range sysinfo tee tgkill time time
 timer_gettime timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate ugetrlimit umask uname unlink unlinkat
 utime utimensat utimes vfork wait4 waitid write writev
 """.split()
-_DENIED_HARD = ("clone3",)   # glibc falls back to clone, whose flags can be checked
 _NEW_NAMESPACES = 0x7E020080 # CLONE_NEW{USER,PID,NET,NS,UTS,IPC,CGROUP,TIME}
 
 # %% ../../nbs/50_evaluation/01d_isolation.ipynb #4c711529

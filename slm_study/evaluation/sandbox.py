@@ -70,7 +70,10 @@ class Store:
     def add(self, key:str, outcome:Outcome)->Outcome: # the one recorded
         "Record an outcome; where another process was first, its outcome stays."
         with self._says(): new = self.db.execute("INSERT OR IGNORE INTO outcome VALUES (?, ?)", (key, _pack(outcome))).rowcount
-        return outcome if new else self.get(key)
+        there = outcome if new else self.get(key)
+        if there.verdict != "infrastructure_error" or outcome.verdict == there.verdict: return there
+        with self._says(): self.db.execute("UPDATE outcome SET outcome = ? WHERE key = ?", (_pack(outcome), key)) # that one said nothing of the program
+        return outcome
 
     def get(self, key:str)->Outcome|None:
         "A recorded outcome."
@@ -101,12 +104,12 @@ class Sandbox:
         calibrate:bool=True, # stretch time limits on a slow machine?
         store:str|Path|None=None, # a SQLite file: outcomes are recorded there, and what is recorded is not run again
     ):
+        if sys.platform != "linux": raise StudyError(f"sandbox: {sys.platform} has none of the layers; run this in a Linux container or in WSL2")
         if tier is not None and not isinstance(tier, Tier) and tier not in tiers(): raise StudyError(f"sandbox: tier {tier!r} is not one of {', '.join(tiers())} for this user")
         self.n, self.limits, self.preload, self.asked = workers or len(os.sched_getaffinity(0)), limits, tuple(preload), "unsafe" if unsafe else tier
         self.calibrate, self.pool, self.factor, self.calibration, self.why, self.store_path, self.store = calibrate, [], 1., {}, [], store, None
 
     def __enter__(self):
-        if sys.platform != "linux": raise StudyError(f"sandbox: {sys.platform} has none of the layers; run the study in a Linux container or in WSL2")
         _sweep()
         self.scratch = Path(tempfile.mkdtemp(prefix=f"slm_sandbox_{os.getpid()}_"))
         os.chmod(self.scratch, 0o711)
@@ -268,7 +271,7 @@ def run_many(self:Sandbox,
         for i, j in enumerate(jobs): alike.setdefault(j.key, []).append(i)
         alike = {places[0]: places for places in alike.values()} # equal jobs are run once
         store.plan(jobs)
-        out = {i: o for first, places in alike.items() if (o:=store.get(jobs[first].key)) for i in places}
+        out = {i: o for first, places in alike.items() if (o:=store.get(jobs[first].key)) and o.verdict != "infrastructure_error" for i in places}
     with tqdm(total=len(jobs), initial=len(out), desc="programs", disable=not progress, mininterval=0.5) as bar:
         def keep(i, o):
             o = replace(o, **stamp)

@@ -116,13 +116,13 @@ def _child(
         os.closerange(3, 103); os.closerange(106, 65536)
         work = os.path.join(box, "work")
         with open(103, "rb") as f: program, preamble, files = unpack_job(f.read())
-        if cfg["rlimits"]: set_limits(lim, cfg["address_space"])
         drop(cfg["uid"])
         os.chdir(work)
         call("prctl", DUMPABLE, 1, 0, 0, 0)
         for name, data in [*files.items(), ("program.py", program)]:
             if os.path.dirname(name): os.makedirs(os.path.dirname(name), exist_ok=True)
             with open(name, "wb") as f: f.write(data)
+        if cfg["rlimits"]: set_limits(lim, cfg["address_space"]) # the input may be larger than what a program may write
         os.environ.update(HOME=work, TMPDIR=os.path.join(box, "tmp"), PWD=work)
         restrict(105 if cfg["rules"] is not None else None, cfg["bpf"])
         os.write(104, b"R"); os.closerange(103, 106)

@@ -205,7 +205,7 @@ def fuse_adapters(
     layers = [m for m in net.modules() if isinstance(m, LoraLinear4bit)]
     keep = sum(m.in_features*m.out_features*m.base_layer.compute_dtype.itemsize for m in layers)/2**20 <= keep_mib
     for m in layers:
-        if keep: m.base_layer.dense = bnb.dequantize_4bit(m.base_layer.weight.data, m.base_layer.weight.quant_state)
+        if keep: m.base_layer.register_buffer("dense", bnb.dequantize_4bit(m.base_layer.weight.data, m.base_layer.weight.quant_state), persistent=False) # goes where the model goes
         m.forward = types.MethodType(_forward, m)
     return net
 
@@ -243,7 +243,7 @@ def needed_mib(
     kv = hidden//heads*(config.num_key_value_heads if llama else 1)
     inner = layers*(2*hidden*hidden + 2*hidden*kv + (3 if llama else 2)*hidden*width)
     outer = config.vocab_size*hidden*(1 if config.tie_word_embeddings else 2)
-    adapters = layers*settings.r*(8*hidden + 2*kv + (3 if llama else 2)*(hidden+width))
+    adapters = layers*settings.r*((6 if llama else 4)*hidden + 2*kv + (3 if llama else 2)*(hidden+width))
     wide = compute_type(settings.compute).itemsize
     dense = inner*wide <= 256*2**20 and not settings.checkpointing # is a copy kept, as fuse_adapters does?
     weights = inner*(0.53 + wide*dense) + outer*outer_bytes + adapters*16

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import add_adapters, check_memory, dense_weight, fuse_adapters, give_back, lean_loss, load_4bit, needed_mib
 from .pretrain import collate, encode_all, order_rows, read_rows, run_trainer
@@ -57,8 +59,11 @@ def merge(
     if settings.merge_into == "nf4":
         for name, layer in load_4bit(checkpoint, settings.double_quant, settings.compute).named_modules():
             if isinstance(layer, Linear4bit): model.get_submodule(name).weight.data.copy_(dense_weight(layer))
-    try: return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (ValueError, RuntimeError, OSError) as e:
+    try:
+        net = PeftModel.from_pretrained(model, str(adapter))
+        if get_peft_model_state_dict(net).keys() != load_peft_weights(str(adapter), "cpu").keys(): raise ValueError("they are for other layers")
+        return net.merge_and_unload()
+    except (ValueError, RuntimeError, OSError, SafetensorError) as e:
         raise StudyError(f"{adapter}: these adapters do not fit {checkpoint} ({str(e).splitlines()[0][:120]}); delete the folder and tune again") from None
 
 @torch.no_grad()
@@ -70,8 +75,9 @@ def merge_gap(
     "How far the merged model is from the one that was trained."
     quantised.eval(); merged.eval()
     batch = collate(rows)
-    x, y, counted = quantised(**batch), merged(**batch), batch["labels"][:, 1:] != -100
-    a, b = x.logits[:, :-1][counted].float(), y.logits[:, :-1][counted].float()
+    x, y = (net(**{k: t.to(net.device) for k, t in batch.items()}) for net in (quantised, merged))
+    counted = batch["labels"][:, 1:] != -100
+    a, b = (out.logits.cpu()[:, :-1][counted].float() for out in (x, y))
     return dict(logit_difference=(a-b).abs().mean().item(), logit_spread=b.std().item(), same_choice=(a.argmax(-1) == b.argmax(-1)).float().mean().item(),
                 loss_4bit=x.loss.item(), loss_merged=y.loss.item())
 
@@ -115,6 +121,7 @@ def _as_it_came(checkpoint, tokenizer, settings, out, seed):
     save_checkpoint(load_checkpoint(checkpoint)[0], tokenizer, out, dict(made_by="finetune", base=Path(checkpoint).name, seed=seed, tokens=0, settings=settings.model_dump(mode="json"), log=[]))
     return []
 
+# %% ../../nbs/20_finetuning/01_qlora.ipynb #abb6ede0
 def finetune(
     checkpoint:str|Path,       # plain transformers folder to start from
     rows:list[dict],           # prompt, completion
@@ -153,11 +160,11 @@ def main(argv:list[str]|None=None) -> int: # 0 done, 1 could not
     parser = argparse.ArgumentParser("python -m slm_study.finetuning.qlora", description="QLoRA on one model of a recipe; 0_pretrain and 1_curate must have run.")
     parser.add_argument("--recipe", default="pocket", help="a recipe's name or file (default: pocket)")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--seed", type=int, default=0); parser.add_argument("--out", default="", help="working folder (default: runs/<recipe>)")
+    parser.add_argument("--seed", type=int, help="default: the recipe's first"); parser.add_argument("--out", default="", help="working folder (default: runs/<recipe>)")
     a = parser.parse_args(argv)
     try:
         run = Run(a.recipe, a.model, seed=a.seed, out=a.out)
-        finetune(run.pretrained, read_rows(run.corpus/"train.jsonl"), run.recipe.qlora, run.tuned, f"QLoRA {a.model}", a.seed, validation=read_rows(run.corpus/"validation.jsonl"))
+        finetune(run.pretrained, read_rows(run.corpus/"train.jsonl"), run.recipe.qlora, run.tuned, f"QLoRA {a.model}", run.seed, validation=read_rows(run.corpus/"validation.jsonl"))
     except StudyError as e: print(f"slm_study: {e}", file=sys.stderr); return 1
     return 0
 

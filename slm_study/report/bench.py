@@ -152,7 +152,7 @@ def corpus_bench(
 # %% ../../nbs/60_report/03_bench.ipynb #e92d5ab6
 HOW_TO_COMPARE = "to compare with datatrove:  python -m venv .venv-bench && .venv-bench/bin/pip install 'datatrove[processing]==0.10.1' spacy==3.8.18 orjson==3.13.0"
 BENCHES = dict(compression=("time over multiplied weights, half the channels and half the layers of the original shapes, in turns, one thread (needs 9 GB)", compression_bench),
-               device_cut=("the same for half the channels and one outer matrix at 4 bits in llama.cpp, shipped bases and original shapes", device_cut_bench),
+               device_cut=("the same for what `combined` removes, at 4 bits in llama.cpp, shipped bases and original shapes", device_cut_bench),
                exit=("saving of forced early exits against the work left out, original shapes, in turns, one thread", exit_bench),
                free_exit=("saving of early exits against the work left out, shipped bases writing programs, in turns, one thread", free_exit_bench), lossless=("greedy time over the lossless arm's, shipped bases, test prompts", lossless_bench),
                sandbox=("programs per second in the sandbox and in fresh interpreters", sandbox_bench), corpus=("75,000 rows through curation, and through datatrove's MinHash", corpus_bench),

@@ -51,13 +51,13 @@ def made_up_outcomes(
     return out
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #737011b8
-def _bits(rows, what): return np.array([c == "1" for r in rows for c in r[what]])
+def _rates(rows, what): return np.mean([[c == "1" for c in r[what]] for r in rows], axis=0) # per prompt, over seeds
 
 def paired(
     outcomes:list[dict],  # from collect_outcomes
     what:str="correct"    # correct, executed, valid or valid_raw
 ) -> pd.DataFrame: # model, technique, backend, n, value, base (rates in %), difference, low, high (points), p, p_holm
-    "Every variant against base on the same prompts and backend."
+    "Every variant against base on the same prompts and backend; of several seeds, each prompt's mean."
     groups = {}
     for o in sorted(outcomes, key=lambda o: o["seed"]): groups.setdefault((o["model"], o["technique"], o["backend"]), {})[o["seed"]] = o
     rows = []
@@ -67,8 +67,9 @@ def paired(
         if technique == "base" or not seeds: continue
         for s in seeds:
             if (mine[s]["prompts"], mine[s]["n"]) != (base[s]["prompts"], base[s]["n"]): raise StudyError(f"{model}, {technique}, seed {s}: its {mine[s]['n']} prompts are not base's {base[s]['n']}; run both on one corpus")
-        a, b = (_bits([g[s] for s in seeds], what) for g in (mine, base))
-        rows.append((model, technique, backend, len(a), 100*a.mean(), 100*b.mean(), *(100*x for x in paired_difference(a, b)), mcnemar(a, b)))
+        asked = dict.fromkeys(mine[s]["prompts"] for s in seeds) # seeds of one corpus answer the same prompts, which are no more for it
+        a, b = (np.concatenate([_rates([g[s] for s in seeds if mine[s]["prompts"] == p], what) for p in asked]) for g in (mine, base))
+        rows.append((model, technique, backend, len(a), 100*a.mean(), 100*b.mean(), *(100*x for x in paired_difference(a, b)), mcnemar(a > b, a < b)))
     df = pd.DataFrame(rows, columns=["model", "technique", "backend", "n", "value", "base", "difference", "low", "high", "p"])
     return df.assign(p_holm=holm(df.p) if len(df) else [])
 
@@ -89,7 +90,9 @@ def with_process_noise(
     records = records.copy()
     known = records[records.metric.isin(RATIOS) & (records.low > 0)]
     tau = process_noise(known)
-    for i, r in known[known.backend.isin(tau)].iterrows(): records.loc[i, ["low", "high"]] = with_pairs(r.value, r.low, r.high, tau[r.backend])
+    for i, r in known[known.backend.isin(tau)].iterrows():
+        own = process_noise(known.drop(i)) if r.metric == "aa_ratio" else tau # nobody is judged by a noise that has its own in it
+        if r.backend in own: records.loc[i, ["low", "high"]] = with_pairs(r.value, r.low, r.high, own[r.backend])
     return records
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #f9e47ac4
@@ -144,7 +147,7 @@ def table_base_again(
     for r in again:
         one, two = (show(dict(value=r[k], low=None), r["unit"]) for k in ("first", "second"))
         rows.append({"Model": r["model"], "Backend": r["backend"], "Metric": METRICS[r["metric"]].about, "Unit": r["unit"], "Base": one, "Base again": two,
-                     "Ratio": MISSING if r["low"] is None else show(dict(value=r["ratio"], low=r["low"], high=r["high"]), "x base"), "Within": within(r)})
+                     "Ratio": UNPUBLISHED if r["ratio"] is None else show(dict(value=r["ratio"], low=r["low"], high=r["high"]), "x base"), "Within": within(r)})
     return pd.DataFrame(rows, columns=["Model", "Backend", "Metric", "Unit", "Base", "Base again", "Ratio", "Within"])
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #8eefb25d

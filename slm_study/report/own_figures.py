@@ -175,7 +175,7 @@ def sweep_rows(
     "Rates, intervals and paired differences of a sweep."
     groups, rows = {}, []
     for p in sorted(points, key=lambda p: p["seed"]): groups.setdefault((p["model"], *(p[k] for k in _POINT)), []).append(p)
-    yes = lambda ps, what: np.array([c == "1" for p in ps for c in p[what]])
+    yes = lambda ps, what: np.mean([[c == "1" for c in p[what]] for p in ps], axis=0) # per prompt, over seeds
     for (model, *point), mine in groups.items():
         whole = groups.get((model, "none", "none", 0., "cut"))
         base = groups.get((model, "order", "tune", 0., "healed")) if point[0] == "order" else whole
@@ -185,7 +185,7 @@ def sweep_rows(
         against = lambda to: tuple(100*x for x in paired_difference(right, yes(to, "correct"))) if to else (np.nan,)*3
         fewer = lambda k: 100*(1 - first[k]/whole[0][k])
         rows.append(dict(model=model, **dict(zip(_POINT, point)), how=first["how"], tokens=first["tokens"], seeds=len(mine), parameters=first["parameters"], matmul_parameters=first["matmul_parameters"],
-                         removed_pct=fewer("parameters"), matmul_removed_pct=fewer("matmul_parameters"), n=len(right), accuracy=100*right.mean(), **dict(zip(("low", "high"), (100*x for x in wilson(int(right.sum()), len(right))))),
+                         removed_pct=fewer("parameters"), matmul_removed_pct=fewer("matmul_parameters"), n=len(right), accuracy=100*right.mean(), **dict(zip(("low", "high"), (100*x for x in wilson(round(right.sum()), len(right))))),
                          exec_pct=100*yes(mine, "executed").mean(), loss=float(np.mean([p["loss"] for p in mine])),
                          **dict(zip(("difference", "difference_low", "difference_high"), against(base))), **dict(zip(("chance", "chance_low", "chance_high"), against(luck)))))
     return pd.DataFrame(rows)
