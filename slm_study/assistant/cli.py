@@ -10,6 +10,7 @@ import argparse, contextlib, os, signal, subprocess, sys, time
 from pathlib import Path
 from ..recipes import Run, StudyError, recipe_names, root
 from ..records import atomic_write
+from ..evaluation.worker import tree
 from ..studies import STEPS
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #2b553812
@@ -63,8 +64,9 @@ def run_study(
         process, before = subprocess.Popen(snakemake_command(run, cores, goals, dry_run), env={**os.environ, "PYTHONUNBUFFERED": "1"}, pass_fds=(lock,)), signal.signal(signal.SIGTERM, stop)
         try: status = process.wait()
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            status = process.wait()
+            for pid in (*tree(process.pid), process.pid):
+                with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
+            status = process.wait() or 1
         finally: signal.signal(signal.SIGTERM, before)
     if dry_run: return status
     took = f"{time.perf_counter()-start:.0f} s"
