@@ -82,7 +82,6 @@ def code_hash(
     "Fingerprint of the modules in these folders: an edit of any, and it is another."
     return data_hash([(str(p.relative_to(root())), p.read_text(encoding="utf-8")) for f in folders for p in sorted((root()/"slm_study"/f).glob("*.py"))])
 
-
 # %% ../nbs/01_records.ipynb #e73a4709
 class MetricInfo(NamedTuple):
     "Unit and meaning of a metric."

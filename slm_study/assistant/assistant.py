@@ -7,7 +7,6 @@ __all__ = ['weights', 'better_first', 'Reply', 'Assistant']
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #f526d347
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 import numpy as np
 
-from ..recipes import MODELS, Run, StudyError
+from ..recipes import Run, StudyError
 from ..records import read_csv
 from ..curation.prompts import render
 from ..curation.slots import SLOT_TOKENS, fill_slots, handover_of

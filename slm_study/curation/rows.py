@@ -58,7 +58,7 @@ class SourceRows:
     def _row(self, row):
         "(step, reason) of a row that is dropped, or its text and tree"
         code, tree = self.name == "code", None
-        text = "\n".join(row["content"].strip().split("\r\n")).replace("\r", "\n") + "\n" if code else source_prompt(self.name, row, self.published)
+        text = row["content"].strip().replace("\r\n", "\n").replace("\r", "\n") + "\n" if code else source_prompt(self.name, row, self.published)
         if code:
             reason, tree = keep_code({**row, "content": text}) # what is passed on, so that its line numbers hold
             if reason: return (2, reason), None, None

@@ -20,7 +20,7 @@ from ..evaluation.statistics import paired_difference, wilson
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, StudyError
 from ..records import BACKENDS, read_record
 from .tables import cells
-from .comparisons import noise_band
+from .comparisons import noise_band, per_prompt
 from .figures import COLOURS, HATCHES, MARKERS, MODEL_NAMES, save_figure, set_style
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #f1931d19
@@ -175,18 +175,17 @@ def sweep_rows(
     "Rates, intervals and paired differences of a sweep."
     groups, rows = {}, []
     for p in sorted(points, key=lambda p: p["seed"]): groups.setdefault((p["model"], *(p[k] for k in _POINT)), []).append(p)
-    yes = lambda ps, what: np.mean([[c == "1" for c in p[what]] for p in ps], axis=0) # per prompt, over seeds
     for (model, *point), mine in groups.items():
         whole = groups.get((model, "none", "none", 0., "cut"))
         base = groups.get((model, "order", "tune", 0., "healed")) if point[0] == "order" else whole
         if not whole or not base or [p["seed"] for p in base] != [p["seed"] for p in mine]: raise StudyError(f"sweep of {model}: {' '.join(map(str, point))} has no uncut model of the same seeds beside it; run 3b_sweep again")
-        right, first = yes(mine, "correct"), mine[0]
+        right, first = per_prompt(mine, "correct"), mine[0]
         luck = groups.get((model, "channels", "random", *point[2:])) if point[0] == "channels" and point[1] != "random" else None
-        against = lambda to: tuple(100*x for x in paired_difference(right, yes(to, "correct"))) if to else (np.nan,)*3
+        against = lambda to: tuple(100*x for x in paired_difference(right, per_prompt(to, "correct"))) if to else (np.nan,)*3
         fewer = lambda k: 100*(1 - first[k]/whole[0][k])
         rows.append(dict(model=model, **dict(zip(_POINT, point)), how=first["how"], tokens=first["tokens"], seeds=len(mine), parameters=first["parameters"], matmul_parameters=first["matmul_parameters"],
                          removed_pct=fewer("parameters"), matmul_removed_pct=fewer("matmul_parameters"), n=len(right), accuracy=100*right.mean(), **dict(zip(("low", "high"), (100*x for x in wilson(round(right.sum()), len(right))))),
-                         exec_pct=100*yes(mine, "executed").mean(), loss=float(np.mean([p["loss"] for p in mine])),
+                         exec_pct=100*per_prompt(mine, "executed").mean(), loss=float(np.mean([p["loss"] for p in mine])),
                          **dict(zip(("difference", "difference_low", "difference_high"), against(base))), **dict(zip(("chance", "chance_low", "chance_high"), against(luck)))))
     return pd.DataFrame(rows)
 
