@@ -8,7 +8,7 @@ __all__ = ['EOS', 'PAD', 'config_for', 'architecture', 'blocks', 'input_embeddin
            'fast_bf16']
 
 # %% ../nbs/02_models.ipynb #9c6f310f
-import functools, json, os
+import functools, json
 from pathlib import Path
 from typing import NamedTuple
 import torch

@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'BACKENDS', 'SPLIT_METRICS', 'QUALITY', 'OPTIONAL', 'COLUM
            'tidy', 'collect', 'collect_runs', 'check_records', 'write_csv', 'read_csv']
 
 # %% ../nbs/01_records.ipynb #11a7152d
-import contextlib, hashlib, json, os, platform, subprocess, tempfile, time
+import contextlib, hashlib, json, os, platform, subprocess
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -189,7 +189,7 @@ def write_record(
 
 def read_record(path:str|Path) -> dict:
     "Read a record back; raises `StudyError` if it is missing, torn or edited."
-    again = f"delete it and run the study again"
+    again = "delete it and run the study again"
     try: record = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise StudyError(f"{path}: no such record; run the study") from None
     except (OSError, ValueError) as e: raise StudyError(f"{path}: not a record ({e}); {again}") from None

@@ -2,7 +2,7 @@
 import concurrent.futures, itertools, json, multiprocessing, os, sys, time
 from collections import Counter
 
-from slm_study.curation.tasks import FAMILIES, LOG_FAMILIES, SPLITS, TABLE_FAMILIES, families_of, generate_tasks, run_reference, same_answer
+from slm_study.curation.tasks import FAMILIES, LOG_FAMILIES, SPLITS, TABLE_FAMILIES, generate_tasks, run_reference, same_answer
 
 
 def again(task):

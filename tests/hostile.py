@@ -141,7 +141,6 @@ def run_all(box, programs=HOSTILE, limits=None):
 
 if __name__ == "__main__":
     import sys
-    from collections import Counter
     from slm_study.evaluation.sandbox import Sandbox
     with Sandbox(workers=1, tier=sys.argv[1] if len(sys.argv) > 1 else None, calibrate=False) as box:
         wrong = run_all(box)

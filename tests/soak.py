@@ -1,5 +1,5 @@
 """Long runs: many programs, some hostile; and a driver that is killed again and again. `python tests/soak.py` runs both in full."""
-import itertools, json, os, random, signal, sqlite3, subprocess, sys, time
+import itertools, json, os, random, sqlite3, subprocess, sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 
 from slm_study.assistant.assistant import Assistant, Reply
-from slm_study.assistant.cli import main, tell
+from slm_study.assistant.cli import tell
 from slm_study.assistant.reader import as_said, read_data
 from slm_study.curation.log_formats import FORMATS, fill_log
-from slm_study.recipes import StudyError
 
 
 @pytest.fixture(scope="module")

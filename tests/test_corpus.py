@@ -1,8 +1,7 @@
 "Sources, filters and corpus where they do not teach: planted rows found, rows near them kept, bad input, kills."
-import json, os, random, resource, signal, subprocess, sys, threading, time
+import json, os, random, signal, subprocess, sys, threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +11,7 @@ from slm_study.curation.corpus import curate, held_out_tasks
 from slm_study.curation.rows import SourceRows, split_of
 from slm_study.curation.dedup import Contamination
 from slm_study.curation.packing import as_batch, encode, pack
-from slm_study.curation.sources import SOURCES, MissingSource, hub_rows, load_source
+from slm_study.curation.sources import MissingSource, hub_rows, load_source
 from slm_study.recipes import StudyError, load_recipe
 
 SUBJECTS = "rainfall pressure luminosity enzyme latency sediment voltage traffic pollen spectrum humidity torque glucose salinity neutrino ozone friction albedo plankton viscosity radon biomass tremor velocity".split()
@@ -184,8 +183,8 @@ def small():
 def test_a_killed_curation_goes_on(tmp_path, small):
     "kill -9 at several moments; the files are those of a run that was left alone"
     whole = curate(small, tmp_path/"whole", progress=False)
-    code = (f"import sys\nfrom slm_study.recipes import load_recipe\nfrom slm_study.curation.corpus import curate\nr = load_recipe('smoke')\nprint('go', flush=True)\n"
-            f"curate(r.model_copy(update=dict(data=r.data.model_copy(update=dict(pretrain_tasks=600, train_tasks=400, validation_tasks=30, test_tasks=10)))), sys.argv[1], progress=False)")
+    code = ("import sys\nfrom slm_study.recipes import load_recipe\nfrom slm_study.curation.corpus import curate\nr = load_recipe('smoke')\nprint('go', flush=True)\n"
+            "curate(r.model_copy(update=dict(data=r.data.model_copy(update=dict(pretrain_tasks=600, train_tasks=400, validation_tasks=30, test_tasks=10)))), sys.argv[1], progress=False)")
     kills = 0
     for wait in (.1, .4, .5):
         p = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"killed")], stdout=subprocess.PIPE)

@@ -10,7 +10,7 @@ from slm_study.curation.questions import AGGREGATES, held_out
 from slm_study.curation.slots import SLOT_COUNTS, SLOT_TOKENS, Column, fill_slots, program_to_slots, to_slots
 from slm_study.curation.sources import SOURCES, load_source
 from slm_study.curation.log_formats import FORMATS, HELD_OUT_FORMATS
-from slm_study.curation.tasks import FAMILIES, LOG_FAMILIES, SCIENCE_FAMILIES, SPLITS, TABLE_FAMILIES, Task, families_of, generate_tasks, make_task, run_reference, sample_pair, same_answer
+from slm_study.curation.tasks import FAMILIES, LOG_FAMILIES, SCIENCE_FAMILIES, SPLITS, Task, families_of, make_task, run_reference, sample_pair, same_answer
 from slm_study.curation.worlds import WORLDS, all_names
 from slm_study.recipes import StudyError
 

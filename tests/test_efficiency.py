@@ -204,7 +204,7 @@ def takes(mib): return subprocess.Popen([sys.executable, "-c", f"x = bytearray({
 @pytest.mark.parametrize("limit, lives", [(256, False), (512, True)])
 def test_a_watch_kills_over_its_limit_and_only_then(limit, lives):
     with takes(300) as process, Watch(process, limit) as watch:
-        said = process.stdout.readline() # empty where it was killed before it could write
+        process.stdout.readline() # empty where it was killed before it could write
         if lives: process.stdin.write(b"\n"); process.stdin.flush()
         assert process.wait() == (0 if lives else -9)
     assert watch.passed is not lives and (300 < watch.peak_mib < 400 if lives else watch.peak_mib > 256)

@@ -92,6 +92,12 @@ def test_no_traces_of_a_machine():
     assert not found, "an output shows a path of somebody's machine"
 
 
+def test_names_are_there_and_imports_used():
+    "Pages, modules and tests alike; pyproject.toml has the rules."
+    done = subprocess.run([Path(sys.executable).parent/"ruff", "check", "--no-cache", "--output-format", "concise", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_import_order():
     "A notebook imports only what stands before it; in reading order there is no circle."
     order = {"slm_study."+module_of(p): i for i, p in enumerate(LIBRARY)}

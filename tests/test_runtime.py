@@ -1,5 +1,5 @@
 "A checkpoint survives the trip into a GGUF file: same tokens, same logits, same text; and `slm-study export` writes it."
-import json, sys
+import json
 import numpy as np
 import pytest, torch
 from transformers import AutoModelForCausalLM
@@ -10,7 +10,7 @@ from slm_study.compression.pruning import prune_ffn
 from slm_study.finetuning.pretrain import train_tokenizer
 from slm_study.models import config_for, save_checkpoint
 from slm_study.recipes import Run, Size, StudyError
-from slm_study.runtime.gguf import TYPES, export, files, half_turn_to_pairs
+from slm_study.runtime.gguf import TYPES, export, files
 from slm_study.runtime.llama_cpp import Llama, detokenize, library, tokenize, write, write_batch
 
 TEXTS = ["import pandas as pd\nprint(df[C0].mean())", "  \t x = 1234.5\r\n\r\n", "é日本🙂 naïve", "<|endoftext|>C1 <|pad|>N0", "a" * 300, "'''\"\\n\"'''", "C0,C1;N0\n"]

@@ -1,5 +1,5 @@
 """The sandbox under attack, under honest load, and when its driver dies. The long forms are in soak.py."""
-import os, shutil, signal, sqlite3, subprocess, sys, time
+import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,6 @@ from honest import SPECIAL, compare, references
 from soak import kill_driver, soak
 
 from slm_study.recipes import StudyError
-from slm_study.evaluation import worker
 from slm_study.evaluation.isolation import tiers
 from slm_study.evaluation.jail import Job, Limits
 from slm_study.evaluation.sandbox import Sandbox

@@ -1,5 +1,4 @@
 "The whole study on the smoke recipe, as a user runs it: once to its end, killed and resumed, and with everything that can be wrong."
-import json
 import os
 import signal
 import subprocess
@@ -90,7 +89,6 @@ def test_executed_notebooks_are_kept(study):
 
 def test_a_failing_cell_leaves_its_notebook_and_one_line(study, tmp_path):
     "A checkpoint that was cut off: status 1, one line with the file, the executed notebook kept."
-    run = Run("smoke", "starcoder", "base", out=study[0])
     import shutil
     copy = tmp_path/"out"
     shutil.copytree(study[0], copy, ignore=shutil.ignore_patterns(".snakemake", ".lock"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from ..recipes import StudyError
 from ..models import architecture, blocks, input_embedding, lm_head, load_checkpoint
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from ..recipes import MODELS, StudyError, root
+from ..recipes import MODELS, root
 from ..models import blocks, config_for, load_checkpoint
 from ..curation.corpus import held_out_tasks, make_pair
 from ..finetuning.device import REAL

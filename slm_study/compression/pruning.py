@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import prune
 from transformers import PreTrainedModel
 from ..recipes import StudyError
-from ..models import architecture, blocks, ffn, lm_head, set_ffn_width
-from .audit import linears, unique_parameters
+from ..models import architecture, blocks, ffn, set_ffn_width
+from .audit import linears
 
 # %% ../../nbs/30_compression/01_pruning.ipynb #9b0702f0
 def _dense(model):

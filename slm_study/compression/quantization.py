@@ -9,10 +9,9 @@ __all__ = ['FORMATS', 'check_quantizable', 'quantize']
 import logging, tempfile, warnings
 from pathlib import Path
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..recipes import StudyError
-from ..models import lm_head, load_checkpoint, save_checkpoint
+from ..models import lm_head, save_checkpoint
 from .audit import linears
 
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast") # bitsandbytes, once per layer and token

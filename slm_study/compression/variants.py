@@ -7,9 +7,7 @@ __all__ = ['combined_cut', 'training_batches', 'weights_hash', 'build', 'pruned_
 
 # %% ../../nbs/30_compression/05_variants.ipynb #a317f42d
 import hashlib, json, shutil
-from collections.abc import Iterator
 from pathlib import Path
-import torch
 from transformers import PreTrainedModel
 from .audit import compare
 from .early_exit import ExitHeads, save_exits

@@ -13,7 +13,7 @@ import io
 import re
 import tokenize
 import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 
 # %% ../../nbs/10_curation/08_filters.ipynb #9c9e430f
 LIBRARIES = frozenset("numpy scipy pandas matplotlib sklearn seaborn statsmodels astropy".split())

@@ -10,7 +10,7 @@ __all__ = ['log_lines', 'log_find', 'log_line_share', 'found', 'log_counts', 'lo
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #2f16e9da
 from .questions import say_value
-from .log_questions import LOG_FAMILIES, LogQuestion, extract, line_filter, log_family, read
+from .log_questions import extract, line_filter, log_family, read
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #34549fc6
 @log_family(1, "", wordings="""

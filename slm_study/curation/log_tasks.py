@@ -13,8 +13,8 @@ import random
 from .slots import Column
 from .questions import Family, allowed, ask, assemble, say_aggregate, say_value
 from .log_formats import FORMATS, HELD_OUT_FORMATS, log_columns
-from .log_questions import LOG_FAMILIES, LogQuestion, draw_file, extract, formats_of, line_filter, log_family, read
-from . import log_counts, log_times # they register their families
+from .log_questions import LOG_FAMILIES, LogQuestion, draw_file, extract, formats_of, line_filter, log_family, read # noqa: F401 (LOG_FAMILIES is complete from here on)
+from . import log_counts, log_times # noqa: F401 (they register their families)
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #3ad68785
 def numbers(q, p=0.5, grouped=False):

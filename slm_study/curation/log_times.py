@@ -9,7 +9,7 @@ __all__ = ['clock', 'log_hours', 'log_busiest', 'log_rate', 'log_peak', 'log_whe
 
 # %% ../../nbs/10_curation/05f_log_times.ipynb #2f16e9da
 from .questions import say_value
-from .log_questions import LOG_FAMILIES, LogQuestion, extract, line_filter, log_family, read
+from .log_questions import extract, line_filter, log_family, read
 
 # %% ../../nbs/10_curation/05f_log_times.ipynb #460a1410
 _UNITS = {"hour": ("h", "hour"), "minute": ("min", "minute"), "day": ("D", "day")}

@@ -8,7 +8,7 @@ __all__ = ['PROGRAM_MARK', 'describe_columns', 'render', 'f_title', 'f_abstract'
 # %% ../../nbs/10_curation/02_prompts.ipynb #5c768a5d
 import re
 
-from .slots import Column, handover_of, to_slots
+from .slots import handover_of, to_slots
 
 # %% ../../nbs/10_curation/02_prompts.ipynb #097be94d
 PROGRAM_MARK = "<|program|>"

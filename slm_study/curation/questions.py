@@ -14,7 +14,7 @@ import zlib
 from dataclasses import dataclass
 
 from .slots import Column
-from .worlds import Table, draw_table, draw_threshold, draw_moment
+from .worlds import Table, draw_threshold, draw_moment
 
 # %% ../../nbs/10_curation/04_questions.ipynb #1d527aaa
 _CONSTANTS = (0, 1, 3, 20, 60, 100)  # round(x, 3), degree 1, 20 bins, seconds, per cent

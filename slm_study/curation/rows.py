@@ -11,7 +11,7 @@ from collections import Counter
 from .dedup import Contamination, Repeats
 from .filters import find_secret, keep_code, mine_pairs, redact
 from .prompts import render, source_prompt
-from .sources import SOURCES, load_source, row_id
+from .sources import load_source, row_id
 
 # %% ../../nbs/10_curation/09b_rows.ipynb #3dbfb0f0
 HELD_OUT_ONE_IN = 50

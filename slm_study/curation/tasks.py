@@ -20,9 +20,7 @@ import re
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 
 import numpy as np

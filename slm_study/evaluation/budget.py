@@ -6,7 +6,7 @@
 __all__ = ['LIMITS', 'tree_mib', 'Watch', 'held', 'every_limit', 'prove']
 
 # %% ../../nbs/50_evaluation/05b_budget.ipynb #56bfb848
-import json, os, subprocess, sys, threading
+import os, subprocess, threading
 from pathlib import Path
 
 from ..memory import status_mib

@@ -7,12 +7,11 @@ __all__ = ['LAYERS', 'JOB', 'GAPS', 'Tier', 'tiers', 'compile_filter', 'python_p
            'environment']
 
 # %% ../../nbs/50_evaluation/01d_isolation.ipynb #e6b5bd50
-import ctypes, ctypes.util, errno, fcntl, importlib.util, os, shutil, socket, sys, sysconfig
+import ctypes, ctypes.util, errno, os, socket, sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..recipes import StudyError
-from . import kernel, worker
 
 # %% ../../nbs/50_evaluation/01d_isolation.ipynb #4f153a68
 LAYERS = dict(

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..recipes import StudyError
 from . import isolation, kernel, worker
-from .isolation import Tier, tiers
+from .isolation import Tier
 
 # %% ../../nbs/50_evaluation/01e_jail.ipynb #16ba8277
 VERDICTS = dict(

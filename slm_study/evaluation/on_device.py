@@ -9,8 +9,7 @@ __all__ = ['BACKEND_TYPES', 'BITS', 'even_share', 'generate_on_device', 'same_te
 import hashlib, time
 from pathlib import Path
 
-from ..recipes import StudyError
-from ..runtime.llama_cpp import Llama, detokenize, write
+from ..runtime.llama_cpp import Llama, write
 from .generation import Generation
 from .quality import evaluate_samples
 

@@ -8,7 +8,6 @@ __all__ = ['CRITERIA', 'LIBRARIES', 'is_image', 'criteria', 'q_score', 'q_score_
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #11bc8363
 import ast, re
-from collections import Counter
 
 import pandas as pd
 

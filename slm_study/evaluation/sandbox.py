@@ -17,8 +17,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..recipes import StudyError
-from .isolation import GAPS, Tier, environment, tiers
-from .jail import VERDICTS, Job, Limits, Outcome, Worker, failures, font_cache, receive, remove, send
+from .isolation import Tier, environment, tiers
+from .jail import Job, Limits, Outcome, Worker, failures, font_cache, receive, remove, send
 
 # %% ../../nbs/50_evaluation/02_sandbox.ipynb #c3ff333e
 def job_hash(

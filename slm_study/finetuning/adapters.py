@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'compute_type', 'give_back', 'widen', 'load_4bit', 'add_ad
            'lean_loss', 'needed_mib', 'check_memory']
 
 # %% ../../nbs/20_finetuning/00b_adapters.ipynb #24fac6f9
-import contextlib, ctypes, json, types
+import contextlib, ctypes, types
 from pathlib import Path
 import torch
 import bitsandbytes.functional as bnb

@@ -18,7 +18,7 @@ from torch.optim import _muon
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from ..curation.packing import encode
 from ..models import PAD, architecture, blocks, config_for, fast_bf16, lm_head, load_checkpoint, save_checkpoint
-from ..recipes import MODELS, Pretrain, Size, StudyError
+from ..recipes import Pretrain, StudyError
 from ..records import atomic_write, writing
 from ..studies import give_way
 

@@ -13,12 +13,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
 
-from ..recipes import StudyError, load_recipe, root
+from ..recipes import StudyError, root
 from ..curation.prompts import source_prompt
 from ..curation.sources import SOURCES, read_rows, sample_path
 from ..compression.bench import compression_bench, exit_bench, free_exit_bench, lossless_bench

@@ -8,7 +8,6 @@ __all__ = ['RATIOS', 'MEMORY_MARGIN_MIB', 'NOT_MEASURED', 'collect_outcomes', 'm
            'remarks', 'table_vs_base', 'smallest_effect', 'table_device', 'table_budget', 'budget_note', 'table_splits']
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #4a510e29
-import json
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ import pandas as pd
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Evaluation, StudyError
 from ..records import BACKENDS, METRICS, SPLIT_METRICS, read_record
 from ..evaluation.statistics import all_at_once, between_pairs, holm, mcnemar, minimum_detectable_effect, paired_difference, with_pairs
-from .tables import MISSING, UNPUBLISHED, cells, made_up_records, show, why_empty
+from .tables import MISSING, UNPUBLISHED, cells, show, why_empty
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #7a11eb65
 def collect_outcomes(

@@ -8,19 +8,17 @@ __all__ = ['COLOURS', 'HATCHES', 'MARKERS', 'MODEL_NAMES', 'FIGURES', 'set_style
            'figure_3', 'save_figure', 'write_figures']
 
 # %% ../../nbs/60_report/01_figures.ipynb #f8127c9b
-import io, os
+import io
 from pathlib import Path
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.colors import ListedColormap
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, StudyError, root
+from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, StudyError
 from ..records import METRICS, atomic_write
 from .tables import PUBLISHED, cells
 

@@ -21,7 +21,7 @@ from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, StudyError
 from ..records import BACKENDS, read_record
 from .tables import cells
 from .comparisons import noise_band, per_prompt
-from .figures import COLOURS, HATCHES, MARKERS, MODEL_NAMES, save_figure, set_style
+from .figures import COLOURS, MARKERS, MODEL_NAMES, save_figure, set_style
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #f1931d19
 def pareto(
