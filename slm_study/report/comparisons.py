@@ -18,6 +18,8 @@ from ..evaluation.statistics import all_at_once, between_pairs, holm, mcnemar, m
 from .tables import MISSING, UNPUBLISHED, cells, show, why_empty
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #7a11eb65
+_RUN = ["model", "technique", "seed"]
+
 def collect_outcomes(
     folder:str|Path # such as runs/pocket
 ) -> dict[str, list[dict]]: # outcomes: model, technique, seed, backend, n, prompts, bits; repairs: model, technique, seed, repair and counts; budget: model, technique, seed and a row of `prove`; again: the same and a row of `base_again`, its interval widened by what processes add
@@ -25,13 +27,15 @@ def collect_outcomes(
     out, metrics = dict(outcomes=[], repairs=[], budget=[], again=[]), []
     for path in sorted(Path(folder).glob("*/seed*/*/record.json")):
         r = read_record(path)
-        run = {k: r["run"][k] for k in ("model", "technique", "seed")}
+        run = {k: r["run"][k] for k in _RUN}
         out["outcomes"] += [{**run, "backend": b, **o} for b, o in (r["extra"].get("outcomes") or {}).items()]
         for k in ("repairs", "budget", "again"): out[k] += [{**run, **x} for x in r["extra"].get(k) or []]
-        metrics += r["metrics"]
-    tau = process_noise(pd.DataFrame(metrics, columns=["metric", "backend", "value", "low", "high"]))
-    for x in out["again"]: # two processes here as well
-        if x["low"] and x["backend"] in tau: x["low"], x["high"] = with_pairs(x["ratio"], x["low"], x["high"], tau[x["backend"]])
+        metrics += [{**run, **m} for m in r["metrics"]]
+    known = pd.DataFrame(metrics, columns=[*_RUN, "metric", "backend", "value", "low", "high"])
+    for key in dict.fromkeys(tuple(x[k] for k in _RUN) for x in out["again"]): # two processes here as well, judged by the noise of all other runs
+        tau = process_noise(known[(known[_RUN] != key).any(axis=1)])
+        for x in out["again"]:
+            if tuple(x[k] for k in _RUN) == key and x["low"] and x["backend"] in tau: x["low"], x["high"] = with_pairs(x["ratio"], x["low"], x["high"], tau[x["backend"]])
     return out
 
 def made_up_outcomes(
