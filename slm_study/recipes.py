@@ -208,7 +208,13 @@ class Combined(_PerModel):
     heal_tokens: Count = 300_000
     heal: Literal["lora", "full", "distill"] = "distill"
     heal_lr: Rate = 3e-3
+    rounded: Literal["none", "q4_0", "nf4"] = "none" # the grid that inner matrices are rounded to while they heal: q4_0 is llama.cpp's
     format: Literal["none", "nf4", "int8"] = "nf4"
+
+    @model_validator(mode="after")
+    def _trains(self):
+        if self.rounded != "none" and (self.heal == "lora" or not self.heal_tokens): raise ValueError(f"rounded: {self.rounded} takes a healing of the weights themselves; set heal to distill or full and heal_tokens above 0, or rounded to none")
+        return self
 
 # %% ../nbs/00_recipes.ipynb #5ee90002
 class Sweep(_Part):

@@ -1,18 +1,21 @@
 "What the compression notebooks do not show: every architecture, tied and untied, in combination, over many seeds."
 import json, random, subprocess, sys
-import pytest, torch
+import gguf, pytest, torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from slm_study.compression.audit import audit, compare
 from slm_study.compression.early_exit import SKIPPED, ExitHeads, decode, decode_uncached, load_exits, save_exits
 from slm_study.compression.exit_training import calibrate_tau, train_exits
+from slm_study.compression.healing import healed
 from slm_study.compression.lossless import decode_lossless
 from slm_study.compression.pruning import ffn_scores, kept_channels, kept_width, mask_ffn, prune_ffn, prune_layers, prune_masked, prune_query_heads, query_head_scores, random_scores, row_masks
 from slm_study.compression.quantization import quantize
 from slm_study.compression.weight_sharing import share_embedding
 from slm_study.curation.corpus import held_out_tasks
 from slm_study.models import PAD, architecture, blocks, config_for, ffn, input_embedding, is_tied, lm_head, load_checkpoint, save_checkpoint
-from slm_study.recipes import Size, StudyError, root
+from slm_study.finetuning.pretrain import train_tokenizer
+from slm_study.recipes import QLoRA, Size, StudyError, root
+from slm_study.runtime.gguf import stored, tensors
 
 SIZE = Size(hidden=64, layers=4, heads=4, kv_heads=2, ffn=128, positions=96)
 KINDS = [(m, t) for m in ("tinyllama", "starcoder") for t in (True, False)]
@@ -400,3 +403,28 @@ def test_a_killed_sweep_makes_no_point_twice(tmp_path):
     assert len({json.dumps(p) for p in plan}) == len(plan)
     run_sweep(Stub(), lambda x: answers(x, -1), tmp_path/"points.jsonl", dict(tuned="b"), "x")
     assert len(asked) == 2*len(plan)
+
+class Stopped(TrainerCallback):
+    def __init__(self, step): self.step = step
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step == self.step: raise KeyboardInterrupt
+
+@pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
+def test_healing_on_a_grid_resumes_and_is_what_the_file_holds(tmp_path, model, capsys):
+    "Stopped in the middle and begun again, it ends in the same weights; llama.cpp's file holds them bit for bit; healing on no grid does not go on from its checkpoints."
+    rows = [dict(prompt=f"mean of C{i}\n", completion=f"print(df[C{i}].mean())") for i in range(8)]
+    tokenizer, whole = train_tokenizer([r["prompt"] + r["completion"] for r in rows], 300), make(model)
+    whole.resize_token_embeddings(len(tokenizer)) if len(tokenizer) > 80 else None
+    small = prune_ffn(whole, .5)
+    heal = lambda work, **kw: healed(small, tokenizer, rows, QLoRA(batch_size=4), tmp_path/work, "heal", 600, "distill", teacher=whole, **{"grid": "q4_0", **kw})[0]
+    at_once = heal("a")
+    with pytest.raises(KeyboardInterrupt): heal("b", callbacks=[Stopped(7)])
+    again = heal("b")
+    assert "goes on from checkpoint-" in capsys.readouterr().out
+    for x, y in zip(at_once.parameters(), again.parameters(), strict=True): assert torch.equal(x, y)
+    for name, w in tensors(again).items():
+        if not name.startswith("blk.") or w.ndim == 1: continue
+        packed, kind = stored(name, w, "q4_0")
+        assert kind == gguf.GGMLQuantizationType.Q4_0 and (gguf.quants.dequantize(packed, kind) == w).all()
+    heal("b", grid="none")
+    assert "goes on" not in capsys.readouterr().out

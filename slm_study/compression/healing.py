@@ -10,11 +10,13 @@ import copy, functools, shutil
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from .rounding import rounding
 from .weight_sharing import shared_blocks
 from ..finetuning.adapters import add_adapters
 from ..finetuning.pretrain import ATTENTION, MuonAdamW, encode_all, run_trainer
-from ..models import input_embedding, save_checkpoint
+from ..models import blocks, input_embedding, save_checkpoint
 from ..recipes import QLoRA, StudyError
 
 # %% ../../nbs/30_compression/02b_healing.ipynb #a52c76e5
@@ -60,11 +62,13 @@ def healed(
     seed:int=0,
     teacher:PreTrainedModel|None=None,  # distill: the model before the cut
     lr:float=FULL_LR,                   # peak rate of full and distill; lora has that of `settings`
+    grid:str="none",                    # full and distill: train the inner matrices as rounded to q4_0 or nf4, and leave them so
     **given                             # TrainingArguments of run_trainer, such as save_strategy
 ) -> tuple[PreTrainedModel, list[dict]]: # a trained copy in fp32, and the log: step, loss
     "Train what is left."
     if how not in HEALS: raise StudyError(f"heal: {how!r} is not one of {', '.join(HEALS)}")
     if (how == "distill") != (teacher is not None): raise StudyError("heal: distill learns from the model before the cut, and it alone; pass that model as teacher")
+    if how == "lora" and grid != "none": raise StudyError(f"heal: adapters leave the weights that {grid} rounds as they are; heal by full or distill, or round afterwards (rounded: none)")
     encoded = encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in rows], min(settings.max_length, model.config.max_position_embeddings))
     model = copy.deepcopy(model)
     before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
@@ -73,8 +77,11 @@ def healed(
         teacher.config._attn_implementation = ATTENTION
         given = dict(trainer=functools.partial(Distillation, teacher=teacher), made_by="distill", **given)
     net, optimizer = _trainable(model, settings, how, shared, seed, lr)
+    if grid != "none": given["made_by"] = f"{given.get('made_by', how)}, {grid}"
+    inner = [m for b in blocks(net) for m in b.modules() if isinstance(m, nn.Linear)] if grid != "none" else []
     if how == "lora": shutil.rmtree(work, ignore_errors=True) # adapters alone could not go on: the shared matrix is not among them
-    log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else lr, settings.warmup_ratio, seed, optimizer, accumulate=settings.accumulate, **given)
+    with rounding(inner, grid):
+        log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else lr, settings.warmup_ratio, seed, optimizer, accumulate=settings.accumulate, **given)
     net = (net.merge_and_unload() if how == "lora" else net).cpu()
     net.config._attn_implementation = before
     return net.float().eval().requires_grad_(False), log
@@ -82,10 +89,10 @@ def healed(
 def heal(
     model:PreTrainedModel, tokenizer:PreTrainedTokenizerBase, rows:list[dict], settings:QLoRA, # as for `healed`
     out:str|Path,                       # folder of the healed checkpoint
-    name:str, tokens:int, how:str="lora", shared:bool=False, seed:int=0, teacher:PreTrainedModel|None=None, lr:float=FULL_LR # as for `healed`
+    name:str, tokens:int, how:str="lora", shared:bool=False, seed:int=0, teacher:PreTrainedModel|None=None, lr:float=FULL_LR, grid:str="none" # as for `healed`
 ) -> list[dict]: # the log: step, loss
     "Train what is left, and save it as a plain checkpoint."
-    net, log = healed(model, tokenizer, rows, settings, f"{out}_training", name, tokens, how, shared, seed, teacher, lr)
-    save_checkpoint(net, tokenizer, out, dict(made_by="heal", how=how, shared=shared, tokens=tokens, lr=settings.lr if how == "lora" else lr, seed=seed, log=log))
+    net, log = healed(model, tokenizer, rows, settings, f"{out}_training", name, tokens, how, shared, seed, teacher, lr, grid)
+    save_checkpoint(net, tokenizer, out, dict(made_by="heal", how=how, shared=shared, tokens=tokens, lr=settings.lr if how == "lora" else lr, grid=grid, seed=seed, log=log))
     shutil.rmtree(f"{out}_training")
     return log

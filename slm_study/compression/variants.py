@@ -24,11 +24,11 @@ from ..records import atomic_write, code_hash, data_hash
 from ..recipes import TECHNIQUES, Combined, Recipe, StudyError
 
 # %% ../../nbs/30_compression/05_variants.ipynb #29ddb349
-def _healed(model, uncut, tokenizer, settings, recipe:Recipe, rows:list[dict], out:Path, name:str, seed:int, shared:bool=False):
+def _healed(model, uncut, tokenizer, settings, recipe:Recipe, rows:list[dict], out:Path, name:str, seed:int, shared:bool=False, grid:str="none"):
     "Save `model`, cut from `uncut`, at `out`, healed as `settings` (a part of the recipe) say."
     if not settings.heal_tokens: return save_checkpoint(model, tokenizer, out)
     heal(model, tokenizer, rows, recipe.qlora.of(NAMES[architecture(model)]), out, f"heal {name}", settings.heal_tokens, settings.heal, shared, seed,
-         uncut if settings.heal == "distill" else None, settings.heal_lr)
+         uncut if settings.heal == "distill" else None, settings.heal_lr, grid)
 
 def _limit(model, recipe:Recipe) -> int: # tokens of a row
     return min(recipe.qlora.of(NAMES[architecture(model)]).max_length, model.config.max_position_embeddings)
@@ -59,7 +59,7 @@ def _combined(model, tokenizer, recipe:Recipe, rows:list[dict], out:Path, seed:i
     batches = _rows_for(model, tokenizer, recipe, rows, max(64 if c.blocks else 0, c.reconstruct_rows), seed)
     small = combined_cut(model, c, batches[:4], batches[:-(-c.reconstruct_rows//16)])
     step = out.with_name(f"{out.name}_healed") if c.format != "none" else out
-    _healed(small, model, tokenizer, c, recipe, rows, step, "combined", seed, shared=not is_tied(model))
+    _healed(small, model, tokenizer, c, recipe, rows, step, "combined", seed, shared=not is_tied(model), grid=c.rounded)
     if c.format != "none": quantize(load_checkpoint(step)[0], tokenizer, out, c.format)
 
 # %% ../../nbs/30_compression/05_variants.ipynb #425984ed
