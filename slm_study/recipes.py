@@ -198,6 +198,7 @@ class Quantization(_Part):
     format: Literal["nf4", "int8"] = "nf4"
     double_quant: bool = True # nf4: the scales as well
 
+# %% ../nbs/00_recipes.ipynb #c0b1ed01
 class Combined(_PerModel):
     "Blocks and channels removed, one matrix for embedding and head, healed, then quantised."
     blocks: Ratio = 0.  # of all, rounded: those of least influence
