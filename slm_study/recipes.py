@@ -214,7 +214,9 @@ class Combined(_PerModel):
 
     @model_validator(mode="after")
     def _trains(self):
-        if self.rounded != "none" and (self.heal == "lora" or not self.heal_tokens): raise ValueError(f"rounded: {self.rounded} takes a healing of the weights themselves; set heal to distill or full and heal_tokens above 0, or rounded to none")
+        if self.rounded == "none" or set(self.only) >= set(MODELS): return self # what each model gets is looked at by itself
+        if self.heal == "lora" or not self.heal_tokens: raise ValueError(f"rounded: {self.rounded} takes a healing of the weights themselves; set heal to distill or full and heal_tokens above 0, or rounded to none")
+        if self.rounded == "nf4" and self.format != "nf4": raise ValueError(f"rounded: nf4 is the grid of format nf4, and format is {self.format}; make them one, or set rounded to q4_0 or none")
         return self
 
 # %% ../nbs/00_recipes.ipynb #5ee90002
@@ -303,8 +305,10 @@ def one_line(
     more = f" ({len(error.errors())-1} more)" if len(error.errors()) > 1 else ""
     if e["type"] == "extra_forbidden": says = f"unknown key; allowed here: {', '.join(_choices(model, loc[:-1]))}"
     elif e["type"] == "missing": says = "is missing; add it"
-    else: says = f"{e['msg'][0].lower()}{e['msg'][1:]}, not {e['input']!r}"
-    return f"{where}: {key}: {says}{more}"
+    else:
+        problem = str(e["ctx"]["error"]) if e["type"] == "value_error" else f"{e['msg'][0].lower()}{e['msg'][1:]}"
+        says = problem if isinstance(e["input"], dict) else f"{problem}, not {e['input']!r}" # a whole part says nothing
+    return f"{': '.join(filter(None, (str(where), key, says)))}{more}"
 
 # %% ../nbs/00_recipes.ipynb #3dced688
 def recipe_names() -> list[str]: # such as ["pocket", "smoke"]

@@ -77,10 +77,11 @@ def data_hash(
     return hashlib.sha256(json.dumps(data, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 def code_hash(
-    *folders:str # of the package, such as "compression"
+    *parts:str # of the package: folders, such as "compression", or modules, such as "models.py"
 ) -> str: # 16 hexadecimal digits
-    "Fingerprint of the modules in these folders: an edit of any, and it is another."
-    return data_hash([(str(p.relative_to(root())), p.read_text(encoding="utf-8")) for f in folders for p in sorted((root()/"slm_study"/f).glob("*.py"))])
+    "Fingerprint of these modules: an edit of any, and it is another."
+    files = [p for f in (root()/"slm_study"/x for x in parts) for p in (sorted(f.glob("*.py")) if f.is_dir() else [f])]
+    return data_hash([(str(p.relative_to(root())), p.read_text(encoding="utf-8")) for p in files])
 
 # %% ../nbs/01_records.ipynb #e73a4709
 class MetricInfo(NamedTuple):

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from slm_study.assistant.cli import only_one
+from slm_study.evaluation.worker import tree
 from slm_study.report.comparisons import with_process_noise
 from slm_study.report.tables import NOT_FOR
 from slm_study.records import BACKENDS, METRICS, OPTIONAL, collect, read_csv
@@ -37,6 +39,27 @@ def study(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stdout[-3000:]+done.stderr[-2000:]
     return out, kept, done
+
+
+def test_a_kill_ends_every_step(tmp_path):
+    "`kill` of slm-study: no step of it goes on, and the folder is free again."
+    out = tmp_path/"out"
+    command = lambda pid: (Path("/proc")/str(pid)/"cmdline").read_bytes() if (Path("/proc")/str(pid)).exists() else b""
+    with open(tmp_path/"said", "w") as said:
+        first = subprocess.Popen([BIN/"slm-study", "run", "--recipe", "smoke", "--out", str(out)], stdout=said, stderr=subprocess.STDOUT, cwd="/")
+        for _ in range(600):
+            below = tree(first.pid)
+            begun = any(b"ipykernel" in command(p) for p in below)
+            if begun or first.poll() is not None: break
+            time.sleep(.2)
+        first.terminate()
+        assert first.wait(60) == 1 and begun
+    for _ in range(100):
+        if not any(map(command, below)): break
+        time.sleep(.2)
+    assert not [command(p) for p in below if command(p)]
+    assert f"finished runs are kept in {out}" in (tmp_path/"said").read_text()
+    with only_one(out): pass
 
 
 def test_killed_study_goes_on(study):

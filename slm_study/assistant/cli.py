@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'only_one', 'targets', 'snakemake_command', 'run_study', 'tell', 'export_variant', 'parser', 'main']
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #5794c008
-import argparse, contextlib, os, signal, subprocess, sys, time
+import argparse, contextlib, fcntl, os, signal, subprocess, sys, time
 from pathlib import Path
 from ..recipes import Run, StudyError, recipe_names, root
 from ..records import atomic_write
@@ -21,10 +21,7 @@ def only_one(
     "Hold the folder's lock and yield its descriptor: who inherits it holds the lock as well; raises `StudyError` if another process has it."
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/".lock", "a+") as f:
-        try:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError: pass # Windows has no such lock
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise StudyError(f"{folder}: another study is running here; wait for it, or give another --out") from None
         yield f.fileno()
 
@@ -61,12 +58,14 @@ def run_study(
     start = time.perf_counter()
     def stop(*_): raise KeyboardInterrupt
     with only_one(run.out) as lock:
-        process, before = subprocess.Popen(snakemake_command(run, cores, goals, dry_run), env={**os.environ, "PYTHONUNBUFFERED": "1"}, pass_fds=(lock,)), signal.signal(signal.SIGTERM, stop)
-        try: status = process.wait()
+        process, before = None, signal.signal(signal.SIGTERM, stop)
+        try:
+            process = subprocess.Popen(snakemake_command(run, cores, goals, dry_run), env={**os.environ, "PYTHONUNBUFFERED": "1"}, pass_fds=(lock,))
+            status = process.wait()
         except KeyboardInterrupt:
-            for pid in (*tree(process.pid), process.pid):
+            for pid in (*tree(process.pid), process.pid) if process else ():
                 with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
-            status = process.wait() or 1
+            status = process.wait() or 1 if process else 1
         finally: signal.signal(signal.SIGTERM, before)
     if dry_run: return status
     took = f"{time.perf_counter()-start:.0f} s"

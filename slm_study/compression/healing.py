@@ -17,6 +17,7 @@ from .weight_sharing import shared_blocks
 from ..finetuning.adapters import add_adapters
 from ..finetuning.pretrain import ATTENTION, MuonAdamW, encode_all, run_trainer
 from ..models import blocks, input_embedding, save_checkpoint
+from ..records import code_hash
 from ..recipes import QLoRA, StudyError
 
 # %% ../../nbs/30_compression/02b_healing.ipynb #a52c76e5
@@ -36,6 +37,7 @@ class Distillation(Trainer):
 
 # %% ../../nbs/30_compression/02b_healing.ipynb #87c4c243
 HEALS = ("lora", "full", "distill")
+_CODE = code_hash("compression") # a training begun by other code is not resumed
 FULL_LR = 0.003 # of matrices (Muon) and of the rest (AdamW), when all weights are healed
 
 def _trainable(model, settings, how, shared, seed, lr):
@@ -75,13 +77,12 @@ def healed(
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval()
         teacher.config._attn_implementation = ATTENTION
-        given = dict(trainer=functools.partial(Distillation, teacher=teacher), made_by="distill", **given)
+        given = dict(trainer=functools.partial(Distillation, teacher=teacher), **given)
     net, optimizer = _trainable(model, settings, how, shared, seed, lr)
-    if grid != "none": given["made_by"] = f"{given.get('made_by', how)}, {grid}"
     inner = [m for b in blocks(net) for m in b.modules() if isinstance(m, nn.Linear)] if grid != "none" else []
     if how == "lora": shutil.rmtree(work, ignore_errors=True) # adapters alone could not go on: the shared matrix is not among them
     with rounding(inner, grid):
-        log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else lr, settings.warmup_ratio, seed, optimizer, accumulate=settings.accumulate, **given)
+        log = run_trainer(net.train(), encoded, work, name, tokens, settings.batch_size, settings.lr if how == "lora" else lr, settings.warmup_ratio, seed, optimizer, accumulate=settings.accumulate, made_by=f"{how}, {grid}, {_CODE}", **given)
     net = (net.merge_and_unload() if how == "lora" else net).cpu()
     net.config._attn_implementation = before
     return net.float().eval().requires_grad_(False), log

@@ -273,7 +273,7 @@ def share(
 def _is_csv(lines): # equally many cells in every row, and a head that is no log line
     try: cells = set(map(len, csv.reader(lines)))
     except csv.Error: return False
-    return len(cells) == 1 and cells != {1} and not re.search(r"\d:\d\d", lines[0])
+    return len(cells) == 1 and cells != {1} and not re.search(r"\d:\d\d", lines[0].split(",")[0])
 
 def guess_format(
     text:str, # a log, or its beginning

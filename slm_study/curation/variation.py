@@ -63,8 +63,9 @@ def strange_words()-> tuple: # lower case, sorted
 _BEGINNINGS = ("please ", "could you ", "can you tell me ", "I would like to know ", "I need ", "quick question: ", "help me: ", "task: ",
                "we want to know ", "hey, ", "now ", "using this data, ", "let's see: ", "question: ")
 _ENDS = (", please", " thanks", " for me", " right now", " as a number", " if possible", " exactly", " here")
-_STAYS = re.compile(r"\W*[CVNF]\d+\W*|[^a-zA-Z]*|not|no|never|except|other|without|neither|nor|lacks?|lacking|above|below|over|under|beyond|exceeding"
-                    r"|more|less|most|least|first|last|before|after|prior|max|min|maximum|minimum|top|bottom|\w+est|(?:great|high|low|small|larg|few|lat|earli)er")
+_SLOT = re.compile(r"\W*[CVNF]\d+\W*|[^a-zA-Z]*")
+_STAYS = re.compile(r"\W*(?:not|no|never|except|other|without|neither|nor|lacks?|lacking|above|below|over|under|up|beyond|exceed(?:s|ing)?|more|less|most|least|first|last"
+                    r"|before|after|since|until|prior|max|min|maximum|minimum|top|bottom|\w+est|(?:great|high|low|small|larg|few|lat|earli)er)\W*", re.I)
 
 def telegraphic(
     rng:random.Random, # the only source of chance
@@ -73,7 +74,7 @@ def telegraphic(
     "Drop words, put strange ones in, perhaps turn the order round."
     p, strange, out = rng.choice((0.08, 0.15, 0.25)), strange_words(), []
     for word in text.split(" "):
-        u = 1. if _STAYS.fullmatch(word) else rng.random()
+        u = 1. if _SLOT.fullmatch(word) or _STAYS.fullmatch(word) else rng.random()
         if u >= p: out.append(rng.choice(strange) if u < p + 0.06 else word) # u < p: dropped
         if 0.97 < u < 1: out.append(rng.choice(strange))
     if rng.random() < 0.15 and len(out) > 3:
@@ -88,6 +89,6 @@ def vary(
 )-> str: # in other words
     "Rewrite a request for training."
     text = synonyms(rng, text)
-    if rng.random() < 0.25: text = rng.choice(_BEGINNINGS) + (text if _STAYS.fullmatch(text.split(" ")[0]) else text[:1].lower() + text[1:])
+    if rng.random() < 0.25: text = rng.choice(_BEGINNINGS) + (text if _SLOT.fullmatch(text.split(" ")[0]) else text[:1].lower() + text[1:])
     if rng.random() < 0.15: text = text.rstrip("?.") + rng.choice(_ENDS)
     return telegraphic(rng, text) if rng.random() < 0.6 else text

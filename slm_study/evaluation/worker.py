@@ -330,7 +330,7 @@ def _preload(
     for m in modules:
         try: __import__(m); there.append(m)
         except ImportError: pass
-    if "numpy" in there: pass # NumPy itself puts it off
+    if "numpy" in there: import numpy.random # noqa: F401 (NumPy itself puts it off)
     if "matplotlib.pyplot" in there:
         import io, matplotlib.pyplot as plt
         fig, ax = plt.subplots()
