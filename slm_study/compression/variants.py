@@ -105,6 +105,7 @@ def weights_hash(
     for p in sorted(Path(checkpoint).glob("*.safetensors")): digest.update(p.read_bytes())
     return digest.hexdigest()[:16]
 
+# %% ../../nbs/30_compression/05_variants.ipynb #5e1fc0de
 def _cut(technique, recipe:Recipe, tuned:Path, rows, out:Path, seed:int):
     "The variants that are made of the tuned model's weights."
     model, tokenizer = load_checkpoint(tuned)
