@@ -414,7 +414,7 @@ def test_healing_on_a_grid_resumes_and_is_what_the_file_holds(tmp_path, model, c
     "Stopped in the middle and begun again, it ends in the same weights; llama.cpp's file holds them bit for bit; healing on no grid does not go on from its checkpoints."
     rows = [dict(prompt=f"mean of C{i}\n", completion=f"print(df[C{i}].mean())") for i in range(8)]
     tokenizer, whole = train_tokenizer([r["prompt"] + r["completion"] for r in rows], 300), make(model)
-    whole.resize_token_embeddings(len(tokenizer)) if len(tokenizer) > 80 else None
+    whole.resize_token_embeddings(len(tokenizer))
     small = prune_ffn(whole, .5)
     heal = lambda work, **kw: healed(small, tokenizer, rows, QLoRA(batch_size=4), tmp_path/work, "heal", 600, "distill", teacher=whole, **{"grid": "q4_0", **kw})[0]
     at_once = heal("a")

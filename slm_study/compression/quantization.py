@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..recipes import StudyError
-from ..models import lm_head, save_checkpoint
-from .audit import linears
+from ..models import inner_linears, save_checkpoint
 
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast") # bitsandbytes, once per layer and token
 logging.getLogger("bitsandbytes.autograd._functions").addFilter(lambda r: "inputs will be cast" not in r.getMessage())
@@ -27,7 +26,7 @@ def check_quantizable(
     "Raise `StudyError` for what would be written and then not run."
     if format not in FORMATS: raise StudyError(f"quantization.format: {format!r} is not one of {', '.join(FORMATS)}")
     if getattr(model, "is_quantized", False): raise StudyError("quantization: this model is quantised already; start from the full-precision checkpoint")
-    odd = [(n, l.in_features) for n, l in linears(model).items() if l is not lm_head(model) and l.in_features % 64]
+    odd = [(n, l.in_features) for n, l in inner_linears(model).items() if l.in_features % 64]
     if format == "nf4" and odd: raise StudyError(f"quantization: {odd[0][0]} is {odd[0][1]} wide, and the 4-bit kernel asks for multiples of 64; choose another pruning ratio, or int8")
 
 def quantize(

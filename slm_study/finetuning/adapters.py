@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from .pretrain import ATTENTION
 from ..memory import available_mib
-from ..models import architecture, fast_bf16, lm_head
+from ..models import architecture, fast_bf16, inner_linears, lm_head
 from ..recipes import QLoRA, StudyError
 
 # %% ../../nbs/20_finetuning/00b_adapters.ipynb #dd7c1f8e
@@ -113,7 +113,7 @@ def load_4bit(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     architecture(config)
     with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    for name, m in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not lm_head(model)]:
+    for name, m in inner_linears(model).items():
         with torch.device("meta"): layer = Linear4bit(m.in_features, m.out_features, m.bias is not None, compute_type(compute), double_quant, "nf4")
         layer.support_avx512bf16_for_cpu = False
         model.set_submodule(name, layer)
