@@ -19,7 +19,7 @@ def made(step, **kw): return str(STEPS[step](run(**kw)))
 def log_of(step, **kw): return str(executed_path(run(**kw), step))
 def sources(step, *folders):
     "The notebook of a step and the modules it is made of: when they change, its results are out of date."
-    return [str(root()/"nbs"/"studies"/f"{step}.ipynb"), *sorted(str(p) for f in folders for p in (root()/"slm_study"/f).glob("*.py")), str(root()/"slm_study"/"models.py")]
+    return [str(root()/"nbs"/"studies"/f"{step}.ipynb"), *sorted(str(p) for f in folders for p in (root()/"slm_study"/f).glob("*.py")), *(str(root()/"slm_study"/m) for m in ("models.py", "memory.py", "records.py"))]
 
 
 M, T, S = "{model}", "{technique}", "{seed}"
@@ -64,7 +64,7 @@ rule evaluate:
     # two at once; while one takes its times, the other waits for its turn (slm_study.studies.turn)
     input: sources("3_evaluate", "compression", "runtime", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
     output: f"{FOLDER}/{M}/seed{S}/{T}/record.json"
-    params: lambda w: R.hash("evaluation", "qlora", w.technique) # a technique without settings of its own adds nothing
+    params: lambda w: R.hash("evaluation", "qlora", w.technique, *(("pruning_masked",) if w.technique == "pruning" else ())) # a technique without settings of its own adds nothing; pruning's example shows the masked matrix too
     log: f"{FOLDER}/notebooks/3_evaluate-{M}-{T}-seed{S}.ipynb"
     threads: HALF
     shell: f"{STEP} 3_evaluate {GIVEN} --model {{wildcards.model}} --technique {{wildcards.technique}} --seed {{wildcards.seed}}"

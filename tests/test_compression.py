@@ -340,7 +340,7 @@ def test_quantised_is_a_plain_smaller_checkpoint(tmp_path):
             quantize(small, None, tmp_path/f"{model}_{format}", format)
             again, _ = load_checkpoint(tmp_path/f"{model}_{format}")
             report = compare(tmp_path/model, tmp_path/f"{model}_{format}")
-            assert again.is_quantized and is_tied(again) and report["verdict"].startswith("quantised, ") and "less memory" in report["verdict"]
+            assert again.is_quantized and is_tied(again) and report["verdict"].startswith("quantised, ") and "less weight memory" in report["verdict"]
             assert report["after"]["parameters"] == audit(small)["parameters"]
             assert gap(again, small) < (.2 if format == "nf4" else .05)
             ids, mask = padded(0)

@@ -135,7 +135,7 @@ def _verdict(a, b, table, technique):
     if b["weight_bytes"] > a["weight_bytes"]: return f"larger by {100*(b['weight_bytes']/a['weight_bytes']-1):.1f} %"
     if b["weight_bytes"] < a["weight_bytes"]:
         smaller = 100*(1-b["weight_bytes"]/a["weight_bytes"])
-        if b["packed"] and not a["packed"]: return f"quantised{f', {lost()}' if fewer else ', as many parameters'}: {smaller:.1f} % less memory"
+        if b["packed"] and not a["packed"]: return f"quantised{f', {lost()}' if fewer else ', as many parameters'}: {smaller:.1f} % less weight memory"
         newly = b["tied"] and not a["tied"]
         if newly and not kinds & {"shape", "removed"}: return f"tied: {lost()}"
         return f"{'tied and ' if newly else ''}smaller by {smaller:.1f} %"

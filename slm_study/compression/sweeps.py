@@ -124,8 +124,8 @@ class Bench:
         pretrained:PreTrainedModel,# before tuning
         tokenizer:PreTrainedTokenizerBase,
         recipe:Recipe,
-        rows:list[dict],           # prompt, completion: to heal with
-        validation:list[dict],     # for losses and scores
+        rows:list[dict],           # prompt, completion: to choose and to heal with
+        validation:list[dict],     # for losses
         work:str|Path,             # a folder for the trainings
         seed:int=0
     ):
@@ -138,7 +138,8 @@ class Bench:
         self.rows, n = random.Random(seed).sample(rows, len(rows)), recipe.pruning.reconstruct_rows
         self.fit = training_batches(tokenizer, self.rows[:n], limit, 16, -(-n//16), seed) if n else []
         self.fitted_cut = functools.lru_cache(1)(lambda kind, criterion, amount: self.fitted(self.cut(kind, criterion, amount), model, self.cut.removed(kind, amount))) # healing goes on from the point before it
-        self.cut, self.early = Cutter(model, self.batches, recipe.pruning.norm, seed), Cutter(pretrained, self.batches, recipe.pruning.norm, seed)
+        seen = training_batches(tokenizer, self.rows[:64], limit, 16, 4, seed) # what a criterion looks at: not the rows whose loss is reported
+        self.cut, self.early = Cutter(model, seen, recipe.pruning.norm, seed), Cutter(pretrained, seen, recipe.pruning.norm, seed)
 
     def train(self, model:PreTrainedModel, tokens:int, name:str, how:str="full", teacher:PreTrainedModel|None=None, lr:float=FULL_LR) -> PreTrainedModel:
         "A trained copy."

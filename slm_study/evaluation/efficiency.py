@@ -107,7 +107,7 @@ def measure(
         fixed = in_turns(arms, "fixed", repeats, zones=counters())
         whole = {k: arms[k] for k in (("variant",) if base else ("variant", "twin"))} # base's twin does all that base does
         free, memory = in_turns(whole, "free", len(prompts)), {k: a.work("memory") for k, a in whole.items()} # a batch needs a larger cache
-        batched = in_turns(whole, "batch", max(2, repeats//5))
+        batched = in_turns(whole, "batch", max(6, repeats//5)) # of fewer than six, 95 % of the resampled medians would span less than 95 %
         for s in (s for runs in free.values() for s in runs): s["success"] = s["stop_reason"] == "eos" and bool(text(s.pop("tokens")).strip())
         did = {k: dict(free=free[k], batch=batched[k], memory=memory[k]) for k in whole}
         raw = dict(backend=backend, early_exit=bool(specs["variant"]["early_exit"]), settings={k: common[k] for k in ("max_new_tokens", "fixed_tokens", "threads", "batch")}, sizes=sizes, fixed=fixed, **did["variant"],

@@ -6,7 +6,8 @@
 __all__ = ['BACKEND_TYPES', 'BITS', 'even_share', 'generate_on_device', 'same_text', 'judge_again', 'outcome_bits']
 
 # %% ../../nbs/50_evaluation/06_on_device.ipynb #285d6603
-import hashlib, time
+import hashlib, random, time
+from itertools import zip_longest
 from pathlib import Path
 
 from ..runtime.llama_cpp import Llama, write
@@ -19,13 +20,12 @@ BACKEND_TYPES = {"llama.cpp-f16": "f16", "llama.cpp": "q8_0", "llama.cpp-q4_0": 
 # %% ../../nbs/50_evaluation/06_on_device.ipynb #5e43b492
 def even_share(
     splits:list[str], # split of each test task
-    n:int             # prompts wanted
-) -> list[int]: # indices in their order, at most n
-    "The first tasks of each split, as many of each, or all where there are fewer."
-    seen, names = {}, list(dict.fromkeys(splits))
-    rank = [seen.__setitem__(s, seen.get(s, -1) + 1) or seen[s] for s in splits] # place within its split
-    order = sorted(range(len(splits)), key=lambda i: (rank[i], names.index(splits[i])))
-    return sorted(order[:n])
+    n:int             # tasks wanted
+) -> list[int]: # at most n indices, one of each split after the other, so that the first few are an even share too
+    "Tasks drawn from each split, as many of each, or all where there are fewer."
+    of = {s: [i for i, x in enumerate(splits) if x == s] for s in dict.fromkeys(splits)}
+    for s, places in of.items(): random.Random(s).shuffle(places) # the same draw for every variant
+    return [i for turn in zip_longest(*of.values()) for i in turn if i is not None][:n]
 
 # %% ../../nbs/50_evaluation/06_on_device.ipynb #523ad5e8
 def generate_on_device(
@@ -75,5 +75,5 @@ def outcome_bits(
     samples:list[dict] # from `evaluate_samples`, in the order of the tasks
 ) -> dict: # JSON-able: n, prompts (fingerprint of the tasks), one string of 0 and 1 per question
     "Every prompt's outcome in a few strings."
-    digest = hashlib.sha256("\n".join(f"{s['task_id']} {s['family']} {s['split']} {s['difficulty']}" for s in samples).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join(f"{s['task_id']} {s['family']} {s['split']} {s['difficulty']} {s['answer']}" for s in samples).encode()).hexdigest()[:12]
     return dict(n=len(samples), prompts=digest, **{k: "".join("01"[bool(s[k])] for s in samples) for k in BITS})

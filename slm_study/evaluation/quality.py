@@ -11,6 +11,7 @@ import ast, re
 
 import pandas as pd
 
+from ..recipes import StudyError
 from ..records import Metric
 from ..curation.slots import fill_slots
 from ..curation.tasks import TEST_SPLITS, same_answer
@@ -85,7 +86,7 @@ def sample_of(
     raw = fill_slots(generation.text, task.slots) if slots else generation.text
     fixed = repair(raw, task.prompt)
     valid = lambda t: parses(t) and bool(_tree(t).body)
-    return dict(task_id=task.task_id, family=task.family, split=task.split, difficulty=task.difficulty, prompt=task.prompt, text=generation.text,
+    return dict(task_id=task.task_id, family=task.family, split=task.split, difficulty=task.difficulty, answer=task.answer, prompt=task.prompt, text=generation.text,
                 program_raw=raw, program=fixed.program, repairs=list(fixed.repairs), compiles_raw=parses(raw), valid_raw=valid(raw), valid=valid(fixed.program), empty=not raw.strip(),
                 new_tokens=generation.new_tokens, stop_reason=generation.stop_reason, generation_seconds=generation.seconds)
 
@@ -97,6 +98,15 @@ def _judge(s, task, outcome):
                     seconds=outcome.seconds, tier=outcome.tier)
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #2363a6f6
+def _run_all(sandbox, jobs, progress):
+    "Outcomes of all jobs; what failed through no fault of the program is run once more, then `StudyError`: it says nothing about the program."
+    out = sandbox.run_many(jobs, progress=progress)
+    if again := [i for i, o in enumerate(out) if o.verdict == "infrastructure_error"]:
+        for i, o in zip(again, sandbox.run_many([jobs[i] for i in again], progress=False)): out[i] = o
+        left = [o for o in out if o.verdict == "infrastructure_error"]
+        if left: raise StudyError(f"sandbox: {len(left)} of {len(out)} programs could not be run ({left[0].stderr.strip()[-120:] or 'no reason given'}); free some memory and run the same command again, what is done is kept")
+    return out
+
 def evaluate_samples(
     tasks:list, # n tasks, with prompt and slots
     generations:list, # n generations, in the same order
@@ -108,7 +118,7 @@ def evaluate_samples(
     samples = [sample_of(t, g, slots) for t, g in zip(tasks, generations, strict=True)]
     job = lambda t, s, which: Job(s[which], t.files, preamble=t.preamble)
     both = [i for i, s in enumerate(samples) if s["valid_raw"] and s["program_raw"] != s["program"]]
-    outcomes = sandbox.run_many([job(t, s, "program") for t, s in zip(tasks, samples)] + [job(tasks[i], samples[i], "program_raw") for i in both], progress=progress)
+    outcomes = _run_all(sandbox, [job(t, s, "program") for t, s in zip(tasks, samples)] + [job(tasks[i], samples[i], "program_raw") for i in both], progress)
     raw = dict(zip(both, outcomes[len(samples):]))
     res = []
     for i, (t, s, o) in enumerate(zip(tasks, samples, outcomes)):
