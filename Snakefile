@@ -17,9 +17,10 @@ def run(model=None, technique=None, seed=R.seeds[0]): return Run(RECIPE, model, 
 def base(w): return made("0_pretrain", model=w.model) # trained by the rule below, or shipped
 def made(step, **kw): return str(STEPS[step](run(**kw)))
 def log_of(step, **kw): return str(executed_path(run(**kw), step))
+def modules(*names): return [str(root()/"slm_study"/f"{n}.py") for n in names]
 def sources(step, *folders):
     "The notebook of a step and the modules it is made of: when they change, its results are out of date."
-    return [str(root()/"nbs"/"studies"/f"{step}.ipynb"), *sorted(str(p) for f in folders for p in (root()/"slm_study"/f).glob("*.py")), *(str(root()/"slm_study"/m) for m in ("models.py", "memory.py", "records.py"))]
+    return [str(root()/"nbs"/"studies"/f"{step}.ipynb"), *sorted(str(p) for f in folders for p in (root()/"slm_study"/f).glob("*.py")), *modules("models")]
 
 
 M, T, S = "{model}", "{technique}", "{seed}"
@@ -40,7 +41,7 @@ rule bases: # for `make bases`
 rule curate:
     input: sources("1_curate", "curation")
     output: made("1_curate")
-    params: R.hash("data", "bases")
+    params: R.hash("data", "bases", "models") + f", sources {R.qlora.sources}"
     log: log_of("1_curate")
     shell: f"{STEP} 1_curate {GIVEN}"
 
@@ -62,7 +63,7 @@ rule finetune:
 
 rule evaluate:
     # two at once; while one takes its times, the other waits for its turn (slm_study.studies.turn)
-    input: sources("3_evaluate", "compression", "runtime", "evaluation"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
+    input: sources("3_evaluate", "compression", "runtime", "evaluation"), *modules("memory", "records"), made("1_curate"), base, f"{FOLDER}/{M}/seed{S}/tuned/slm_study.json"
     output: f"{FOLDER}/{M}/seed{S}/{T}/record.json"
     params: lambda w: R.hash("evaluation", "qlora", w.technique, *(("pruning_masked",) if w.technique == "pruning" else ())) # a technique without settings of its own adds nothing; pruning's example shows the masked matrix too
     log: f"{FOLDER}/notebooks/3_evaluate-{M}-{T}-seed{S}.ipynb"
@@ -79,7 +80,7 @@ rule sweep:
     shell: f"{STEP} 3b_sweep {GIVEN} --model {{wildcards.model}} --seed {{wildcards.seed}}"
 
 rule results:
-    input: sources("4_results", "report"), RECORDS, SWEEPS
+    input: sources("4_results", "report"), *modules("records"), RECORDS, SWEEPS
     output: made("4_results")
     params: R.hash()
     log: log_of("4_results")

@@ -9,10 +9,9 @@ __all__ = ['MODELS', 'TECHNIQUES', 'TECHNIQUE_NAMES', 'Ratio', 'Part', 'Rate', '
            'recipe_names', 'load_recipe', 'check_parameters', 'Run']
 
 # %% ../nbs/00_recipes.ipynb #ca5f6fab
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
-import hashlib, json, re
+import hashlib, json, os, re
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -33,8 +32,7 @@ def root() -> Path: # the folder that holds settings.ini and recipes/
 MODELS = ("tinyllama", "starcoder")
 TECHNIQUES = ("untuned", "base", "names", "pruning_masked", "pruning", "weight_sharing", "early_exit", "quantization", "combined")
 TECHNIQUE_NAMES = dict(untuned="Untuned", base="Base Model", names="Base without slots", pruning_masked="Pruning (masked, as published)",
-                       pruning="Pruning (removed)", weight_sharing="Weight Sharing", early_exit="Early Exit",
-                       quantization="Quantization (4-bit)", combined="Combined")
+                       pruning="Pruning (removed)", weight_sharing="Weight Sharing", early_exit="Early Exit", quantization="Quantization (4-bit)", combined="Combined")
 
 # %% ../nbs/00_recipes.ipynb #37bbcd91
 class _Part(BaseModel):
@@ -124,7 +122,7 @@ class _PerModel(_Part):
     @model_validator(mode="after")
     def _each(self):
         for model, given in self.only.items():
-            if "only" in given: raise ValueError(f"only.{model}: holds settings, not another `only`")
+            if both := {"only", "sources"} & set(given): raise ValueError(f"only.{model}: {both.pop()} cannot differ between the models; say it beside `only`")
             try: self.of(model)
             except ValidationError as e: raise ValueError(one_line(e, f"only.{model}", type(self))) from None
         return self
@@ -150,6 +148,7 @@ class QLoRA(_PerModel):
     checkpointing: bool = False # compute activations again in the backward pass: less memory, more time
     new_share: Ratio = 0.       # of the rows at first: those of families that pretraining did not have; 0: as many as there are
     new_until: Ratio = 0.       # part of the training that is "at first"; afterwards all families come evenly
+    sources: bool = False       # the four sources' texts are tuned on as well, as published; of all models or none
     patience: Count = 3         # validation losses without a new best before training stops; 0: never
 
     @model_validator(mode="after")
@@ -282,8 +281,8 @@ class Recipe(_Part):
         *parts:str # names of parts, such as "data"; none: all of them
     ) -> str: # 12 hexadecimal digits
         "Fingerprint of the settings, so that a result can be matched to what made it."
-        data = self.model_dump(mode="json", include=set(parts) or None)
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+        data = json.dumps(self.model_dump(mode="json", include=set(parts) or None), sort_keys=True)
+        return hashlib.sha256(data.replace(json.dumps(f"{root().resolve()}/")[1:-1], "").encode()).hexdigest()[:12] # wherever the project lies
 
 # %% ../nbs/00_recipes.ipynb #dad091ce
 def _choices(part, loc:tuple) -> list[str]:
@@ -350,6 +349,8 @@ def load_recipe(
     bases = {k: v if _HUB.fullmatch(v) else _local(v, path, "bases", "train", "random", "hub:ID") for k, v in recipe.bases.model_dump().items()}
     for k, v in bases.items():
         if Path(v).is_absolute() and not (Path(v)/"config.json").exists(): raise StudyError(f"{path}: bases.{k}: {v}: holds no config.json; give the folder of a checkpoint, as save_pretrained writes it")
+    unread = [k for k, v in sources.items() if v != "embedded" and not recipe.qlora.sources and "train" not in (bases[m] for m in recipe.models)]
+    if unread: raise StudyError(f"{path}: data.sources.{unread[0]}: nothing reads it, since no base is trained here; set qlora.sources: true, or a base to 'train'")
     return recipe.model_copy(update=dict(data=recipe.data.model_copy(update=dict(sources=Sources(**sources))), bases=Bases(**bases)))
 
 # %% ../nbs/00_recipes.ipynb #0289dc2b

@@ -10,7 +10,7 @@ __all__ = ['STEPS', 'NEEDS', 'TAKES', 'notebook_path', 'executed_path', 'papermi
 import argparse, contextlib, os, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
-from .memory import machine_mib
+from .memory import available_mib, whole_mib
 from .recipes import Run, StudyError, root
 
 # %% ../nbs/03_studies.ipynb #8fb5f535
@@ -20,7 +20,7 @@ STEPS = {"1_curate": lambda run: run.corpus/"manifest.json",
          "3_evaluate": lambda run: run.folder/"record.json",
          "3b_sweep": lambda run: run.tuned.parent/"sweep"/"sweep.json",
          "4_results": lambda run: run.figures/"records.csv"}
-NEEDS = {"1_curate": (), "0_pretrain": ("1_curate",), "2_finetune": ("0_pretrain",), "3_evaluate": ("2_finetune",), "3b_sweep": ("2_finetune",), "4_results": ()}
+NEEDS = {"1_curate": (), "0_pretrain": ("1_curate",), "2_finetune": ("1_curate", "0_pretrain"), "3_evaluate": ("1_curate", "2_finetune"), "3b_sweep": ("1_curate", "2_finetune"), "4_results": ()}
 TAKES = {"1_curate": (), "0_pretrain": ("model",), "2_finetune": ("model", "seed"), "3_evaluate": ("model", "technique", "seed"), "3b_sweep": ("model", "seed"), "4_results": ()}
 
 def notebook_path(step:str) -> Path: # the study notebook
@@ -130,20 +130,25 @@ def evaluation_mib(
 @contextlib.contextmanager
 def room(
     run:Run,
-    step:str,                   # only 3_evaluate needs much
-    memory:Callable=machine_mib # tells MemTotal and MemAvailable
+    step:str,                     # only 3_evaluate needs much
+    whole:Callable=whole_mib,     # tells what there is at all
+    free:Callable=available_mib,  # tells what may still be taken
+    patience_s:float=3600.        # that others, such as a sweep, have to end
 ):
     "Wait until a large evaluation has the memory for itself; raises `StudyError` where it will not fit."
-    needed, whole = evaluation_mib(run) if step == "3_evaluate" else 0., memory("MemTotal")
-    if not whole or 2*needed <= whole: yield; return
+    needed, there = evaluation_mib(run) if step == "3_evaluate" else 0., whole()
+    if not there or 2*needed <= there: yield; return
     run.out.mkdir(parents=True, exist_ok=True)
     with open(run.out/".room", "a+") as f:
         try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX)
         except ImportError: pass # as for turn
-        there = memory("MemAvailable")
-        if needed > there: raise StudyError(f"{step} {run.model}: needs about {needed:,.0f} MiB, {there:,.0f} MiB are free; close other programs, or leave {run.model} out of the recipe's models")
+        start = time.monotonic()
+        if needed > free(): print(f"{step} {run.model}: waits for {needed:,.0f} MiB of memory", flush=True)
+        while needed > (left := free()):
+            if needed > there or time.monotonic() - start >= patience_s: raise StudyError(f"{step} {run.model}: needs about {needed:,.0f} MiB, {left:,.0f} MiB are free; close other programs, or leave {run.model} out of the recipe's models")
+            time.sleep(min(5., patience_s))
         yield
 
 # %% ../nbs/03_studies.ipynb #5ff9733a

@@ -54,7 +54,7 @@ def test_paper_has_the_published_settings():
     recipe = load_recipe("paper")
     llama, coder = (recipe.qlora.of(m) for m in MODELS)
     assert recipe.bases.starcoder == "hub:bigcode/tiny_starcoder_py" and recipe.bases.tinyllama == "hub:TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
-    assert set(recipe.data.sources.model_dump().values()) == {"hub"} and recipe.data.published_prompts
+    assert set(recipe.data.sources.model_dump().values()) == {"hub"} and recipe.data.published_prompts and recipe.qlora.sources
     assert (llama.r, llama.alpha, llama.dropout, llama.epochs, llama.max_length, llama.lr, llama.compute, llama.double_quant) == (8, 32, .05, 3, 512, 2e-4, "fp16", False)
     assert (llama.batch_size//llama.accumulate, llama.accumulate, llama.warmup_ratio, llama.loss_on) == (4, 8, .1, "padding")
     assert (coder.r, coder.alpha, coder.dropout, coder.epochs, coder.max_length, coder.lr, coder.compute, coder.double_quant, coder.grad_norm) == (8, 32, .05, 3, 1024, 3e-4, "bf16", True, .3)
@@ -122,7 +122,7 @@ def test_a_published_model_is_taken_and_tuned_with_the_published_settings(offlin
     net, tokenizer = load_checkpoint(tmp_path/"base")
     assert facts["revision"] == f"{MODELS.index(model)+1:040x}" and json.loads((tmp_path/"base"/"slm_study.json").read_text()) == facts
     assert tokenizer.pad_token_id is None and net.config.eos_token_id == tokenizer.eos_token_id == dict(tinyllama=2, starcoder=0)[model]
-    rows = [dict(prompt=f"mean of C{i}\n", completion=f"print(df[C{i}].mean())") for i in range(4)]
+    rows = [dict(prompt=f"mean of C{i}\n", completion=f"print(df[C{i}].mean())") for i in range(4)] + [dict(prompt="", completion=TEXTS[0]*40)] # of a source: cut at the limit
     short = {m: {**given, "max_length": 96, "batch_size": 4, "accumulate": 2} for m, given in recipe.qlora.only.items()}
     log = finetune(tmp_path/"base", rows, recipe.qlora.model_copy(update=dict(only=short, epochs=2)), tmp_path/"tuned", model, validation=rows)
     made = json.loads((tmp_path/"tuned"/"slm_study.json").read_text())

@@ -152,14 +152,13 @@ def _piece(folder, name, key, make, progress, total=None):
     with atomic_write(done) as f: json.dump(dict(key=key, bytes=path.stat().st_size, notes=notes), f)
     return path, notes
 
-def _join(path, pieces, keep=lambda row: True):
-    "One file of the rows of some pieces that pass: rows and sha256"
+def _join(path, pieces, form=lambda line: line):
+    "One file of some pieces, line by line as `form` has it (None: left out): rows and sha256"
     n, digest = 0, hashlib.sha256()
     with atomic_write(path, "wb") as out:
         for piece in pieces:
             with open(piece, "rb") as f:
-                for line in f:
-                    if not keep(line): continue
+                for line in filter(None, map(form, f)):
                     out.write(line); digest.update(line)
                     n += 1
     return dict(rows=n, sha256=digest.hexdigest())
@@ -228,18 +227,28 @@ def _remember(guard, path):
     with open(path, encoding="utf-8") as f:
         for row in map(json.loads, f): guard.seen.add(hashlib.sha256(f"{row['prompt']}\0{row['completion']}".encode()).digest()[:12])
 
-def _heldout(line): # of a piece: is the row set aside? A mined pair goes with its file
-    row = json.loads(line)
+def _set_aside(row): # a mined pair goes with its file
     return "id" in row and split_of(row["id"]) == "heldout"
+
+def _trained(line): return None if _set_aside(json.loads(line)) else line
+
+def _heldout(line): return line if _set_aside(json.loads(line)) else None
+
+def _as_pair(line): # a text to tune on: the prompt is what has no loss, for most of them nothing
+    row = json.loads(line)
+    if "prompt" in row: return line
+    if _set_aside(row): return None
+    pair = dict(prompt=row["text"][:row["loss_from"]], completion=row["text"][row["loss_from"]:])
+    return json.dumps(pair | {f"plain_{k}": v for k, v in pair.items()} | dict(family=row["source"], new=False), ensure_ascii=False).encode() + b"\n"
 
 # %% ../../nbs/10_curation/10_corpus.ipynb #ed86d985
 def curate(
     recipe, # slm_study.recipes.Recipe
     out:Path, # folder
     progress:bool=True, # show bars?
-    pretrain:bool=True, # also the texts of pre-training? Not needed where bases are shipped
+    pretrain:bool=True, # also the texts of pretraining? Not needed where bases are shipped
 )-> dict: # the manifest
-    "Make train.jsonl, validation.jsonl, test.jsonl, with pretrain.jsonl and heldout.jsonl, and manifest.json."
+    "Make train.jsonl, validation.jsonl, test.jsonl and manifest.json; with pretrain, pretrain.jsonl; where sources are read, heldout.jsonl."
     data, out, parts = recipe.data, Path(out), Path(out)/"parts"
     (out/"manifest.json").unlink(missing_ok=True)
     for leftover in parts.glob(".*.tmp"): leftover.unlink()
@@ -251,17 +260,18 @@ def curate(
     guards = {k: Guard(tests) for k in ("pretrain", "train", "validation")}
     def pairs(name, make, n):
         pieces[name], counts[name] = _piece(parts, f"{name}_pairs", key, lambda: (make(), lambda: dict(guards[name].counts)), progress, n)
-    if pretrain:
+    if pretrain or recipe.qlora.sources:
         keep_out = Contamination([x for t in tests for x in (t.request, t.prompt)], [t.program for t in tests])
         texts, sources = _sources(data, keep_out, parts, key, progress)
-        pairs("pretrain", lambda: _pretrain_pairs(guards["pretrain"], data), data.pretrain_tasks)
-        files["pretrain.jsonl"] = _join(out/"pretrain.jsonl", [*texts, pieces["pretrain"]], lambda line: not _heldout(line))
         files["heldout.jsonl"] = _join(out/"heldout.jsonl", texts, _heldout)
+    if pretrain:
+        pairs("pretrain", lambda: _pretrain_pairs(guards["pretrain"], data), data.pretrain_tasks)
+        files["pretrain.jsonl"] = _join(out/"pretrain.jsonl", [*texts, pieces["pretrain"]], _trained)
     for name, n in dict(train=data.train_tasks, validation=data.validation_tasks).items():
         pairs(name, lambda: _tuning_pairs(guards[name], n, data, name), n)
         _remember(guards["validation"], pieces[name]) # a validation pair is no training pair
-        files[f"{name}.jsonl"] = _join(out/f"{name}.jsonl", [pieces[name]])
-    manifest = dict(recipe=recipe.name, recipe_hash=recipe.hash("data"), slots=data.slots, seed=data.seed, versions={"python": platform.python_version()} | {p: version(p) for p in _PACKAGES}, sources=sources, pairs=counts,
+        files[f"{name}.jsonl"] = _join(out/f"{name}.jsonl", [pieces[name], *(texts if name == "train" and recipe.qlora.sources else ())], _as_pair)
+    manifest = dict(recipe=recipe.name, recipe_hash=recipe.hash("data"), slots=data.slots, seed=data.seed, tuned_on_sources=recipe.qlora.sources, versions={"python": platform.python_version()} | {p: version(p) for p in _PACKAGES}, sources=sources, pairs=counts,
                     families=dict(held_back=HELD_BACK, test=dict(Counter(t.family for t in tests))), splits=dict(Counter(t.split for t in tests)), files=files)
     with atomic_write(out/"manifest.json") as f: json.dump(manifest, f, indent=1)
     for p in parts.iterdir(): p.unlink()

@@ -199,17 +199,22 @@ def figure_1(
 ) -> plt.Axes:
     "Dataset preparation: sources, prompts, pairs."
     ax, m = _canvas(13.2, 7.4, (11, 5.6)), manifest or {}
-    rows = lambda name: f"\n{m['files'][name]['rows']:,} rows" if name in m.get("files", {}) else "\n(bases are shipped)" if m else ""
+    rows = lambda name: f"\n{m['files'][name]['rows']:,} rows" if name in m.get("files", {}) else "\n(bases come trained)" if m else ""
     texts = _box(ax, 11.2, 4.7, "pre-training" + rows("pretrain.jsonl"), w=3, h=1.1, colour="#FDF3DC")
+    prompts = []
     for i, (key, (name, form)) in enumerate(_SOURCES.items()):
         source = _box(ax, 1.9, 6.6 - 1.15*i, name + _counts(m.get("sources", {}).get(key)), w=3.4, h=.9)
         prompt = _box(ax, 6.3, 6.6 - 1.15*i, form, w=3.4, h=.9)
-        _arrow(ax, source, prompt); _arrow(ax, prompt, texts)
+        _arrow(ax, source, prompt)
+        if not m or "pretrain.jsonl" in m["files"]: _arrow(ax, prompt, texts)
+        prompts.append(prompt)
     make = _box(ax, 1.9, 1.5, "generated pairs:\nrequest, data,\nreference program", w=3.4, h=1.5, colour="#E5F3EC")
     guard = _box(ax, 6.3, 1.5, "names and values\nto slots; repeats and\ntest look-alikes out", w=3.4, h=1.5, colour="#E5F3EC")
     _arrow(ax, make, guard); _arrow(ax, guard, texts)
     for y, (name, title) in zip((3.05, 1.75, .45), [("train", "fine-tuning"), ("validation", "validation"), ("test", "test, with answers")]):
-        _arrow(ax, guard, _box(ax, 11.2, y, title + rows(f"{name}.jsonl"), w=3, h=.9, colour="#FDF3DC"))
+        _arrow(ax, guard, box := _box(ax, 11.2, y, title + rows(f"{name}.jsonl"), w=3, h=.9, colour="#FDF3DC"))
+        if name == "train" and m.get("tuned_on_sources"):
+            for prompt in prompts: _arrow(ax, prompt, box)
     ax.set_title(f"Dataset preparation, recipe {m['recipe']}" if m else "Dataset preparation (plan; no manifest given)", loc="left")
     return ax
 
