@@ -1,4 +1,5 @@
 "QLoRA as a user meets it: killed and resumed, twice from one seed, in two processes, and with everything that can be wrong."
+import copy
 import json
 import os
 import re
@@ -11,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 from slm_study.finetuning import qlora
 from slm_study.finetuning.adapters import check_memory
-from slm_study.finetuning.pretrain import read_rows, train_tokenizer
+from slm_study.finetuning.pretrain import encode_all, read_rows, run_trainer, train_tokenizer
 from slm_study.finetuning.qlora import finetune
 from slm_study.models import config_for, save_checkpoint
 from slm_study.recipes import Run, Size, StudyError
@@ -151,3 +152,24 @@ def test_checkpoints_of_another_recipe_are_set_aside(whole, tmp_path, capsys, mo
     said = capsys.readouterr().out
     assert "it starts anew, and what was there is now tuned_training_" in said and "goes on" not in said
     assert len(list(tmp_path.glob("tuned_training_*/checkpoint-*"))) == 2
+
+
+def test_a_killed_training_remembers_how_long_nothing_got_better(tmp_path, capsys):
+    "Stopped in the second of three vain tenths, it ends with the third, as it would have."
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([p["prompt"]+p["completion"] for p in PAIRS], 320)
+    net = lambda: AutoModelForCausalLM.from_config(config_for("starcoder", SIZE, len(tokenizer)))
+    rows = encode_all(tokenizer, [(p["prompt"], p["completion"]) for p in PAIRS], 64)
+    patient = dict(load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False)
+    def train(folder, model, *more):
+        return run_trainer(model, rows, folder, "train", 12_000, 8, 0., 0., 0, validation=rows[:16], callbacks=[EarlyStoppingCallback(3), *more], **patient) # a rate of 0: no tenth is better than the first
+    first = net()
+    whole = train(tmp_path/"whole", copy.deepcopy(first))
+    last = max(e["step"] for e in whole if "eval_loss" in e)
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step > last*3//4: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): train(tmp_path/"killed", copy.deepcopy(first), Kill())
+    again = train(tmp_path/"killed", copy.deepcopy(first))
+    assert "goes on from" in capsys.readouterr().out
+    assert [(e["step"], e["eval_loss"]) for e in again if "eval_loss" in e] == [(e["step"], e["eval_loss"]) for e in whole if "eval_loss" in e]

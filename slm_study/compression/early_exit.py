@@ -110,8 +110,8 @@ class _Waiting:
         start = min(first[r] for r in on)
         above = (*self.exits, self.run.layers)[e+1] - self.exits[e]
         for r in on:
+            self.late[self.rows[r]] += above*(column - first[r])
             first[r] = column + 1
-            self.late[self.rows[r]] += above*(column - start)
         states = self.states[e,:,start-self.column:column+1-self.column]
         return (states if rows is None else states[rows]), start
 

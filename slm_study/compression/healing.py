@@ -15,6 +15,7 @@ from .rounding import rounding
 from .weight_sharing import shared_blocks
 from ..finetuning.adapters import add_adapters
 from ..finetuning.pretrain import ATTENTION, MuonAdamW, encode_all, run_trainer
+from ..finetuning.qlora import row_limit
 from ..models import inner_linears, input_embedding, save_checkpoint
 from ..records import code_hash
 from ..recipes import QLoRA, StudyError
@@ -70,7 +71,7 @@ def healed(
     if how not in HEALS: raise StudyError(f"heal: {how!r} is not one of {', '.join(HEALS)}")
     if (how == "distill") != (teacher is not None): raise StudyError("heal: distill learns from the model before the cut, and it alone; pass that model as teacher")
     if how == "lora" and grid != "none": raise StudyError(f"heal: adapters leave the weights that {grid} rounds as they are; heal by full or distill, or round afterwards (rounded: none)")
-    encoded = encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in rows], min(settings.max_length, model.config.max_position_embeddings))
+    encoded = encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in rows], row_limit(settings, model.config), cut=True)
     model = copy.deepcopy(model)
     before, model.config._attn_implementation = model.config._attn_implementation, ATTENTION
     if teacher is not None:

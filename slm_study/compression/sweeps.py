@@ -19,7 +19,7 @@ from .reconstruction import reconstruct
 from .variants import training_batches
 from .weight_sharing import share_blocks, shared_blocks
 from ..finetuning.pretrain import collate, encode_all
-from ..finetuning.qlora import NAMES
+from ..finetuning.qlora import NAMES, row_limit
 from ..models import architecture, blocks, ffn
 from ..records import atomic_write
 from ..recipes import Recipe, StudyError, Sweep
@@ -131,7 +131,7 @@ class Bench:
     ):
         self.s, self.recipe, self.tokenizer, self.work, self.seed, self.pretrained = recipe.sweep, recipe, tokenizer, Path(work), seed, pretrained
         self.settings = recipe.qlora.of(NAMES[architecture(model)])
-        limit = min(self.settings.max_length, model.config.max_position_embeddings)
+        limit = row_limit(self.settings, model.config)
         check = encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in validation[:self.s.loss_rows]], limit)
         check = sorted(check, key=lambda r: r["length"]) # rows of like length side by side: less padding
         self.batches = [collate(check[i:i+16]) for i in range(0, len(check), 16)]

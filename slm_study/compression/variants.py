@@ -18,7 +18,7 @@ from .reconstruction import reconstruct
 from .pruning import block_influence, ffn_scores, kept_channels, kept_width, prune_ffn, prune_layers, prune_masked, row_mask
 from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
-from ..finetuning.qlora import NAMES, finetune
+from ..finetuning.qlora import NAMES, finetune, row_limit
 from ..models import architecture, blocks, ffn, is_tied, load_checkpoint, save_checkpoint
 from ..records import atomic_write, data_hash
 from ..recipes import TECHNIQUES, Combined, Recipe, StudyError
@@ -31,7 +31,7 @@ def _healed(model, uncut, tokenizer, settings, recipe:Recipe, rows:list[dict], o
          uncut if settings.heal == "distill" else None, settings.heal_lr, grid)
 
 def _limit(model, recipe:Recipe) -> int: # tokens of a row
-    return min(recipe.qlora.of(NAMES[architecture(model)]).max_length, model.config.max_position_embeddings)
+    return row_limit(recipe.qlora.of(NAMES[architecture(model)]), model.config)
 
 def _rows_for(model, tokenizer, recipe:Recipe, rows:list[dict], n:int, seed:int) -> list[dict]: # batches of n rows in all
     return training_batches(tokenizer, rows, _limit(model, recipe), 16, -(-n//16), seed) if n else []
@@ -72,7 +72,7 @@ def training_batches(
     seed:int         # of their order
 ) -> list[dict]: # of tensors, as collate makes them
     "`n` batches of rows, cycling."
-    encoded = encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in rows], limit)
+    encoded = encode_all(tokenizer, [(r["prompt"], r["completion"]) for r in rows], limit, cut=True)
     size = min(batch_size, len(encoded))
     ordered = order_rows(encoded, size, n, seed)
     return [collate(ordered[i:i+size]) for i in range(0, len(ordered), size)]

@@ -173,14 +173,17 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         dropped, mask, h, A, B = ctx.saved_tensors
-        gs = g.reshape(-1, g.shape[-1]).to(h.dtype)
+        up = 1/g.abs().amax().float().clamp(min=1e-30) if h.dtype == torch.float16 else None # gradients are too small for fp16 as they are
+        gs = (g if up is None else g*up).reshape(-1, g.shape[-1]).to(h.dtype)
         low, dx = (gs @ B)*ctx.scale, None
         if ctx.needs_input_grad[0]:
             through = low @ A
             dx = (gs @ dense_weight(ctx.layer)).to(ctx.dtype)
             dx += through if mask is None else _and(through, mask)
             dx = dx.view(*g.shape[:-1], -1)
-        return dx, None, None, (low.T @ dropped).float(), (gs.T @ h).float()*ctx.scale, None, None
+        grads = dx, (low.T @ dropped).float(), (gs.T @ h).float()*ctx.scale
+        dx, dA, dB = grads if up is None else (None if x is None else x/up for x in grads)
+        return dx, None, None, dA, dB, None, None
 
 # %% ../../nbs/20_finetuning/00b_adapters.ipynb #dense001
 def dense_weight(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..curation.packing import encode
 from ..models import PAD, architecture, blocks, config_for, fast_bf16, lm_head, load_checkpoint, save_checkpoint
 from ..recipes import Pretrain, StudyError
-from ..records import atomic_write, writing
+from ..records import atomic_write, code_hash, writing
 from ..studies import give_way
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning) # transformers warning peft of its next version
@@ -45,10 +45,11 @@ def train_tokenizer(
 def encode_all(
     tokenizer:PreTrainedTokenizerBase,
     rows:Iterable[tuple[str, str]], # prompt, which is read and never predicted, and completion
-    max_length:int                  # tokens; longer rows are left out
+    max_length:int,                 # tokens; longer rows are left out
+    cut:bool=False                  # cut texts without a prompt there instead
 ) -> list[dict]: # input_ids, labels and length
     "Encode pairs; raises `StudyError` if more than a tenth are too long."
-    done = [dict(input_ids=ids, labels=labels, length=len(ids)) for ids, labels in (encode(tokenizer, p, c) for p, c in rows)]
+    done = [dict(input_ids=ids, labels=labels, length=len(ids)) for ids, labels in ([x[:max_length] for x in encode(tokenizer, p, c)] if cut and not p else encode(tokenizer, p, c) for p, c in rows)]
     kept = [r for r in done if r["length"] <= max_length]
     if len(kept) < .9*len(done) or not kept: raise StudyError(f"max_length: {len(done)-len(kept)} of {len(done)} rows are longer than {max_length} tokens; raise it in the recipe or shorten the prompts")
     return kept
@@ -139,21 +140,23 @@ class ProgressLines(TrainerCallback):
         print(f"{self.name}: {100*state.global_step/state.max_steps:3.0f} %  loss {float(logs['loss']):.3f}  {done*self.tokens_per_step/took:,.0f} tokens/s  {left:.0f} s left", flush=True)
 
 # %% ../../nbs/20_finetuning/00_pretrain.ipynb #38e8889f
+_CODE = code_hash("finetuning", "models.py", "curation/packing.py") # as imported
+
 def _fingerprint(model, rows, *settings) -> str:
-    "What a training is made of: first weights, data and settings."
-    h = hashlib.sha256(json.dumps([settings, [r["input_ids"] for r in rows[:1000]], len(rows)]).encode())
+    "What a training is made of: first weights, data, settings and code."
+    h = hashlib.sha256(json.dumps([_CODE, settings, [r["input_ids"] for r in rows[:1000]], len(rows)]).encode())
     for n, p in model.named_parameters(): h.update(f"{n}{tuple(p.shape)}{p.detach().float().sum().item():.4e}".encode())
     return h.hexdigest()[:16]
 
 def _same_training(out:Path, fingerprint:str, name:str):
-    "Set aside the checkpoints in `out` if they are of a training with other weights, data or settings."
+    "Set aside the checkpoints in `out` if they are of a training with other weights, data, settings or code."
     mark = out/"fingerprint"
     before = mark.read_text() if mark.exists() else None
     if before != fingerprint and last_checkpoint(out):
         aside = out.with_name(f"{out.name}_{before or 'unknown'}")
         shutil.rmtree(aside, ignore_errors=True)
         out.rename(aside)
-        print(f"{name}: model, data or recipe have changed since {out.name} was begun; it starts anew, and what was there is now {aside.name}", flush=True)
+        print(f"{name}: model, data, recipe or code have changed since {out.name} was begun; it starts anew, and what was there is now {aside.name}", flush=True)
     with atomic_write(mark) as f: f.write(fingerprint)
 
 def last_checkpoint(
@@ -221,7 +224,7 @@ def run_trainer(
     if not batch_size: raise StudyError(f"{name}: {len(rows)} rows in steps of {parts} parts: too few; lower accumulate, or start fewer processes")
     steps, per_step = steps_for(rows, tokens, batch_size)
     tenth = max(1, steps//10)
-    settings = dict(max_grad_norm=1.0, bf16=fast_bf16(), save_steps=tenth, save_total_limit=2) | (dict(eval_strategy="steps", eval_steps=tenth) if validation else {}) | given
+    settings = dict(max_grad_norm=1.0, bf16=fast_bf16(), save_steps=tenth, save_total_limit=2, restore_callback_states_from_checkpoint=True) | (dict(eval_strategy="steps", eval_steps=tenth) if validation else {}) | given
     args = TrainingArguments(output_dir=str(out), per_device_train_batch_size=batch_size//parts, gradient_accumulation_steps=accumulate, per_device_eval_batch_size=batch_size//parts,
         max_steps=steps, learning_rate=lr, warmup_steps=int(warmup*steps), lr_scheduler_type="cosine", use_cpu=not torch.cuda.is_available(), seed=seed, data_seed=seed,
         logging_steps=max(1, steps//20), logging_first_step=True, logging_nan_inf_filter=False, train_sampling_strategy="sequential", remove_unused_columns=False,
