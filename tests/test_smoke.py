@@ -1,5 +1,6 @@
 "The whole study on the smoke recipe, as a user runs it: once to its end, killed and resumed, and with everything that can be wrong."
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from slm_study.assistant.cli import only_one
 from slm_study.evaluation.worker import tree
@@ -112,7 +114,6 @@ def test_executed_notebooks_are_kept(study):
 
 def test_a_failing_cell_leaves_its_notebook_and_one_line(study, tmp_path):
     "A checkpoint that was cut off: status 1, one line with the file, the executed notebook kept."
-    import shutil
     copy = tmp_path/"out"
     shutil.copytree(study[0], copy, ignore=shutil.ignore_patterns(".snakemake", ".lock"))
     weights = Run("smoke", "starcoder", "base", out=copy).tuned/"model.safetensors"
@@ -160,3 +161,16 @@ def test_edited_records_are_refused(study, tmp_path):
     done = subprocess.run([BIN/"papermill", ROOT/"nbs"/"studies"/"4_results.ipynb", tmp_path/"out.ipynb", "-p", "recipe", "smoke", "-p", "out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode != 0 and "no such technique" in done.stderr and "records.csv" in done.stderr
     assert sorted(p.name for p in (tmp_path/"figures").iterdir()) == ["records.csv"]
+
+
+def test_results_are_of_this_recipe_alone(study, tmp_path):
+    "Runs that the recipe does not name any more are left out, and what an earlier study wrote is gone."
+    copy, given = tmp_path/"out", yaml.safe_load((ROOT/"recipes"/"smoke.yaml").read_text())
+    shutil.copytree(study[0], copy, ignore=shutil.ignore_patterns(".snakemake", ".lock", "*.safetensors", "*.gguf"))
+    assert {"sweep.csv", "table_sweep.md", "curve_tau.csv", "figure_tau.png"} <= {p.name for p in (copy/"figures").iterdir()}
+    (tmp_path/"smoke.yaml").write_text(yaml.safe_dump({**given, "techniques": ["base", "pruning"], "sweep": {**given["sweep"], "run": False}}))
+    done = subprocess.run([BIN/"papermill", ROOT/"nbs"/"studies"/"4_results.ipynb", tmp_path/"out.ipynb", "-p", "recipe", tmp_path/"smoke.yaml", "-p", "out", copy, "--log-output"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "left out, since the recipe does not name them: starcoder/seed0/combined" in done.stdout+done.stderr
+    assert set(read_csv(copy/"figures"/"records.csv").technique) == {"base", "pruning"}
+    assert not {"sweep.csv", "table_sweep.md", "curve_tau.csv", "figure_tau.png"} & {p.name for p in (copy/"figures").iterdir()}

@@ -6,10 +6,11 @@
 __all__ = ['PRELOAD', 'REFERENCE_SECONDS', 'BENCH_PROGRAMS', 'job_hash', 'Store', 'Sandbox', 'fresh_interpreter', 'sandbox_bench']
 
 # %% ../../nbs/50_evaluation/02_sandbox.ipynb #0c2efd31
-import base64, hashlib, json, os, select, shutil, sqlite3, subprocess, sys, tempfile, time, weakref
+import base64, functools, hashlib, json, os, select, shutil, sqlite3, subprocess, sys, tempfile, time, weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -17,6 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..recipes import StudyError
+from ..records import code_hash, data_hash
 from .isolation import Tier, environment, tiers
 from .jail import Job, Limits, Outcome, Worker, failures, font_cache, receive, remove, send
 
@@ -253,10 +255,14 @@ def _loop(self:Sandbox, jobs:list[Job], todo:list[int], keep):
                 if (done:=self._next(w, jobs, todo, late)): keep(*done)
 
 # %% ../../nbs/50_evaluation/02_sandbox.ipynb #3a7f9898
+@functools.cache
+def _ran_in(): # what a program runs in: other code or another library, and what it did before says nothing
+    return data_hash([code_hash("evaluation/jail.py", "evaluation/worker.py", "evaluation/isolation.py"), *(version(p) for p in ("numpy", "pandas", "scipy", "scikit-learn", "matplotlib"))])
+
 @patch
 def _content(self:Sandbox, job:Job)->str:
     "A key for a job without one: all that decides its outcome."
-    return f"{job_hash(replace(job, limits=job.limits or self.limits))} {self.tier.name}"
+    return f"{job_hash(replace(job, limits=job.limits or self.limits))} {self.tier.name} {_ran_in()}"
 
 @patch
 def run_many(self:Sandbox,

@@ -66,6 +66,7 @@ def bootstrap_ratio(
     pick = np.random.default_rng(seed).integers(len(over), size=(n, len(over)))
     low, high = np.percentile(over[pick].sum(1)/under[pick].sum(1), [2.5, 97.5])
     value = over.sum()/under.sum()
+    if not over.any(): high = wilson(0, len(over))[1]*len(over)/under.sum() # no success among so many does not mean never
     return float(min(low, value)), float(max(high, value))
 
 # %% ../../nbs/50_evaluation/03_statistics.ipynb #5c9e8a88
@@ -103,10 +104,13 @@ def paired_difference(
     seed:int=0,  # of the resampling
     n:int=2000,  # resamples
 ) -> tuple[float, float, float]: # mean of a - b, low, high, in the unit of a
-    "Mean difference a - b over the same prompts, with a percentile bootstrap interval."
+    "Mean difference a - b over the same prompts, with a percentile bootstrap interval; where all prompts differ alike, as wide as Wilson's for a prompt that would not."
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if a.shape != b.shape: raise StudyError(f"paired_difference: {a.size} values against {b.size}; both must cover the same prompts in one order")
-    return float((a - b).mean()), *bootstrap_mean(a - b, seed, n)
+    d, (low, high) = float((a - b).mean()), bootstrap_mean(a - b, seed, n)
+    if low < high or min(a.min(), b.min()) < 0 or max(a.max(), b.max()) > 1: return d, low, high
+    unseen = wilson(0, len(a))[1] # of answers, which are right or wrong, or right with some of the seeds
+    return d, max(-1., d - unseen), min(1., d + unseen)
 
 # %% ../../nbs/50_evaluation/03_statistics.ipynb #ba11a42a
 def mcnemar(

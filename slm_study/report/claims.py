@@ -17,12 +17,14 @@ from ..recipes import StudyError
 from ..records import METRICS, atomic_write
 from ..evaluation.statistics import minimum_detectable_effect, two_proportions
 from .tables import MISSING, PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_TECHNIQUES, cells, show, to_markdown, write_table, write_tables
-from .comparisons import smallest_effect, table_aa, table_base_again, table_device, table_splits, table_vs_base
+from .comparisons import noise_band, smallest_effect, time_verdict, table_aa, table_base_again, table_device, table_splits, table_vs_base
 from .own_figures import write_own_figures
 from .figures import MODEL_NAMES, write_figures
 
 # %% ../../nbs/60_report/02_claims.ipynb #042a6ef9
-VERDICTS = ("reproduced", "contradicted", "explained", "undefined", "not testable here")
+VERDICTS = {"reproduced": "the statement follows from its own numbers, or our measurement agrees", "contradicted": "the statement does not follow, or our measurement says otherwise",
+            "explained": "the number is right, but its cause is another than the one given", "undefined": "the paper does not say of what it is a rate, so it cannot be right or wrong",
+            "not testable here": "it belongs to another machine or model, or our interval leaves both open"}
 
 @dataclass(frozen=True)
 class Claim:
@@ -101,7 +103,9 @@ def noise_floor() -> float: # percent
 def _faster(ours, model, technique, least):
     "Is our time per token, taken in turns with base, lower by more than `least` percent? None without a record, or where the interval leaves both open."
     ratio, most = _ours(ours, model, technique, "time_ratio"), 1 - least/100
-    return None if ratio is None or pd.isna(ratio["high"]) or ratio["low"] <= most <= ratio["high"] else bool(ratio["high"] < most)
+    if ratio is None or pd.isna(ratio["high"]) or ratio["low"] <= most <= ratio["high"]: return None
+    faster, band = ratio["high"] < most, ours.attrs.get("noise")
+    return None if faster and band and time_verdict(ratio, band) != "faster" else bool(faster) # base came out as far from itself
 
 def _sample(ours, model, technique):
     "Our time and length of one sample, in words."
@@ -268,6 +272,7 @@ def ledger(
 ) -> pd.DataFrame: # one row per claim: id, where, statement, published, computed, evidence, verdict
     "Every claim with its verdict."
     ours = None if records is None or not len(records) else cells(records)
+    if ours is not None: ours.attrs["noise"] = noise_band(records)
     claims = cell_claims(ours) + table_claims() + tinyllama_claims() + record_claims(ours)
     return pd.DataFrame([{"id": i, **asdict(c)} for i, c in enumerate(claims, 1)])
 
@@ -278,8 +283,9 @@ def write_claims(
 ) -> list[Path]: # claims.csv and claims.md
     "Write the ledger as CSV and Markdown."
     book = ledger(records)
-    count = book.verdict.value_counts().reindex(VERDICTS, fill_value=0)
-    head = "# Claims\n\nEvery published number, and what became of it. " + "; ".join(f"{v}: {n}" for v, n in count.items()) + f". {len(book)} entries.\n\n"
+    count = book.verdict.value_counts().reindex(list(VERDICTS), fill_value=0)
+    ours = (book.evidence.str.startswith("records") & (book.computed != MISSING)).sum()
+    head = "# Claims\n\nEvery published number, and what became of it. " + "; ".join(f"{v}: {n}" for v, n in count.items()) + f". {len(book)} entries, {ours} of them judged by our records, the others by what was published: its numbers, configurations and code. The notes repeat the paper's TinyLlama table, and so do their entries.\n\n" + "".join(f"- **{v}**: {VERDICTS[v]}\n" for v in VERDICTS) + "\n"
     paths = []
     for name, text in [("claims.csv", book.to_csv(index=False, lineterminator="\n")), ("claims.md", head + to_markdown(book))]:
         with atomic_write(Path(out)/name) as f: f.write(text)
@@ -303,7 +309,7 @@ def write_report(
     ours = [(table_vs_base(records, rows), "table_vs_base", f"Every variant against base, which ran in turns with it: time, right answers on the same prompts (McNemar's test, Holm's correction over this table), memory. {smallest_effect(rows)}"),
             (table_aa(records), "table_aa", "Base against base, timed in turns: what a second process with the same model differs by. 1 is no difference; the intervals hold what processes add, estimated from all other runs of the backend; answers are greedy, so they cannot differ."),
             (table_base_again(outcomes.get("again", [])), "table_base_again", "Every metric of base, and of base again in a second process that worked in turns with the first: does the ratio's 95 % interval, what processes add included, hold 1? If not, does it as one of so many intervals (Bonferroni)? Do two amounts of memory differ by no more than processes do?"),
-            (table_device(records), "table_device", "Every variant on llama.cpp: llama.cpp 8-bit, llama.cpp-f16 16-bit, llama.cpp-q4_0 4-bit weights."),
+            (table_device(records), "table_device", "Every variant on llama.cpp: llama.cpp 8-bit, llama.cpp-f16 16-bit, llama.cpp-q4_0 4-bit weights. llama.cpp runs every layer and has widths of its own, so the rows of Early Exit and Quantization are base once more."),
             (table_splits(records), "table_splits", "Right answers by what a prompt has in common with the training: all (iid), or all but its words, combination, names, log format.")]
     return [*write_tables(records, out, note), *(p for df, name, caption in ours for p in write_table(df, Path(out)/name, f"{caption} {note}".strip())),
             *write_figures(records, out, manifest, pruned_example), *write_own_figures(records, out, outcomes.get("repairs"), *(curves.get(k) for k in ("tau", "sweep"))), *write_claims(records, out)]

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Evaluation, StudyError
-from ..records import BACKENDS, METRICS, SPLIT_METRICS, read_record
+from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Evaluation, Recipe, StudyError
+from ..records import BACKENDS, METRICS, SPLIT_METRICS, read_record, record_paths
 from ..evaluation.statistics import all_at_once, between_pairs, holm, mcnemar, minimum_detectable_effect, paired_difference, with_pairs
 from .tables import MISSING, UNPUBLISHED, cells, show, why_empty
 
@@ -21,11 +21,12 @@ from .tables import MISSING, UNPUBLISHED, cells, show, why_empty
 _RUN = ["model", "technique", "seed"]
 
 def collect_outcomes(
-    folder:str|Path # such as runs/pocket
+    folder:str|Path,          # such as runs/pocket
+    recipe:Recipe|None=None   # only the runs that it names; None: all
 ) -> dict[str, list[dict]]: # outcomes: model, technique, seed, backend, n, prompts, bits; repairs: model, technique, seed, repair and counts; budget: model, technique, seed and a row of `prove`; again: the same and a row of `base_again`, its interval widened by what processes add
     "Outcomes per prompt, repairs, memory budgets and base's second runs of each record below a folder."
     out, metrics = dict(outcomes=[], repairs=[], budget=[], again=[]), []
-    for path in sorted(Path(folder).glob("*/seed*/*/record.json")):
+    for path in record_paths(folder, recipe):
         r = read_record(path)
         run = {k: r["run"][k] for k in _RUN}
         out["outcomes"] += [{**run, "backend": b, **o} for b, o in (r["extra"].get("outcomes") or {}).items()]
@@ -133,7 +134,7 @@ def table_aa(
         here = aa[(aa.backend == backend) & (aa.model == model)]
         if here.empty: continue
         own = here[here.technique == "base"]
-        rows.append({"Model": model, "Backend": backend, "Base against base, in base's run": show(own.iloc[0], "x base") if len(own) else MISSING,
+        rows.append({"Model": model, "Backend": backend, "Base against base, in base's run": "; ".join(show(r, "x base") for _, r in own.iterrows()) or MISSING,
                      "Within its interval": MISSING if own.empty else "yes" if own.alone.all() else "no", "All runs": f"{here.alone.sum()} of {len(here)} within theirs", f"All {len(aa)} at once": f"{here.together.sum()} of {len(here)}",
                      "Farthest from 1": f"{here.value[(here.value - 1).abs().idxmax()]:.3f}"})
     return pd.DataFrame(rows, columns=["Model", "Backend", "Base against base, in base's run", "Within its interval", "All runs", f"All {len(aa)} at once", "Farthest from 1"])
@@ -164,7 +165,7 @@ def _cell(ours, *key): return ours.loc[key] if key in ours.index else None
 def remarks(
     records:pd.DataFrame # columns of records.csv
 ) -> pd.DataFrame: # model, technique, backend, remark
-    "What sets each variant apart from base, in words, from records alone."
+    "How each variant's time, tokens and memory differ from base's, in words, from records alone."
     rows = []
     for backend in [b for b in BACKENDS if b in set(records.backend)]:
         ours, band = cells(records, backend), noise_band(records, backend)
@@ -179,10 +180,11 @@ def remarks(
             mine, base = get("new_tokens")
             if mine is not None and base is not None and mine["high"] < base["low"]:
                 said.append(f"fewer tokens: {mine['value']:.0f} per sample against {base['value']:.0f}" + ("" if verdict == "faster" else ", not faster per token"))
+            if mine is not None and base is not None and mine["low"] > base["high"]: said.append(f"more tokens: {mine['value']:.0f} per sample against {base['value']:.0f}")
             mine, base = get("mem_rest_mib")
             if mine is not None and base is not None and mine["value"] - base["value"] > MEMORY_MARGIN_MIB:
                 said.append(f"memory above its weights: {mine['value']:.0f} MiB beside libraries, weights and cache; base {base['value']:.0f}")
-            rows.append((model, technique, backend, "; ".join(said) or ("as base" if verdict == "as base" else "no time against base was taken" if verdict == "unknown" else "")))
+            rows.append((model, technique, backend, "; ".join(said) or ("time as base" if verdict == "as base" else "no time against base was taken" if verdict == "unknown" else "")))
     return pd.DataFrame(rows, columns=["model", "technique", "backend", "remark"])
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #3e6f7e91
@@ -214,17 +216,19 @@ def table_vs_base(
                     "Time per token (x base)": _bold(show(ratio[t], "x base"), t == best[0]), "Noise (base x base)": MISSING if band is None else f"{band[0]:.2f} to {band[1]:.2f}",
                     "Right answers (points)": _bold(_signed(diff[t]), t == best[1]) if t in diff else why_empty(records, "accuracy_pct"), "p (Holm)": f"{diff[t].p_holm:.3f}" if t in diff else why_empty(records, "accuracy_pct"),
                     "Peak memory": _change(_cell(ours, model, t, "peak_mem_mib"), _cell(ours, model, "base", "peak_mem_mib"), "MiB"),
-                    "On disk": _change(_cell(ours, model, t, "disk_mib"), _cell(ours, model, "base", "disk_mib"), "MiB"), "What sets it apart": w.iloc[0] if len(w) else UNPUBLISHED})
-    return pd.DataFrame(rows, columns=["Model", "Technique", "Backend", "Time per token (x base)", "Noise (base x base)", "Right answers (points)", "p (Holm)", "Peak memory", "On disk", "What sets it apart"])
+                    "On disk": _change(_cell(ours, model, t, "disk_mib"), _cell(ours, model, "base", "disk_mib"), "MiB"), "Time, tokens, memory in words": w.iloc[0] if len(w) else UNPUBLISHED})
+    return pd.DataFrame(rows, columns=["Model", "Technique", "Backend", "Time per token (x base)", "Noise (base x base)", "Right answers (points)", "p (Holm)", "Peak memory", "On disk", "Time, tokens, memory in words"])
 
 def smallest_effect(
     outcomes:list[dict] # from collect_outcomes
 ) -> str: # a sentence for a caption
     "What the number of prompts can show."
-    base = [o for o in outcomes if o["technique"] == "base" and o["backend"] == "torch"]
+    base = [o for o in outcomes if o["technique"] == "base"]
     if not base: return ""
-    n, p = min(o["n"] for o in base), np.mean([c == "1" for o in base for c in o["correct"]])
-    return f"With {n} prompts a difference of right answers under {100*minimum_detectable_effect(n, min(max(p, .05), .95)):.0f} points would usually be missed between independent samples; pairing on the same prompts sees somewhat smaller ones."
+    p = np.mean([c == "1" for o in base for c in o["correct"]])
+    least = {n: f"{100*minimum_detectable_effect(n, min(max(p, .05), .95)):.0f}" for n in sorted({o["n"] for o in base}, reverse=True)}
+    where = {n: " and ".join(name for name, torch in (("PyTorch", True), ("llama.cpp", False)) if any(o["n"] == n and (o["backend"] == "torch") == torch for o in base)) for n in least}
+    return f"A difference of right answers under {' or '.join(f'{x} points (the {n} prompts of {where[n]})' for n, x in least.items())} would usually be missed between independent samples; pairing on the same prompts sees somewhat smaller ones."
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #1f6452fb
 _DEVICE = ("disk_mib", "peak_mem_mib", "ms_per_token", "ms_per_token_batch8", "prefill_ms", "latency_ms", "time_ratio", "aa_ratio", "same_text_pct", "accuracy_pct")

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from ..evaluation.statistics import paired_difference, wilson
-from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, StudyError
+from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Recipe, StudyError
 from ..records import BACKENDS, read_record
 from .tables import cells
 from .comparisons import noise_band, per_prompt
@@ -104,7 +104,7 @@ def figure_memory(
         c = cells(records, backend).value
         libraries = [c[k] for t in TECHNIQUES if (k := (MODELS[i], t, "mem_libraries_mib")) in c.index]
         for y, t in enumerate(TECHNIQUES):
-            if (MODELS[i], t, "mem_rest_mib") not in c.index: ax.text(0, y, " missing", va="center", style="italic", color="0.35"); continue
+            if any((MODELS[i], t, part) not in c.index for part in _PARTS): ax.text(0, y, " missing", va="center", style="italic", color="0.35"); continue
             left = 0
             for part, (_, colour, hatch) in _PARTS.items():
                 v = c[(MODELS[i], t, part)]
@@ -146,7 +146,8 @@ def figure_tau(
     if not models: raise StudyError("figure_tau: no rows of a known model; run the early_exit step of the study")
     fig, axes = plt.subplots(len(models), 2, figsize=(11, 3.2*len(models)), squeeze=False, layout="constrained")
     for (a, b), m in zip(axes, models):
-        r = rows[rows.model == m].sort_values("tau")
+        r = rows[rows.model == m]
+        r = r[r.seed == r.seed.min()].sort_values("tau") if "seed" in r else r.sort_values("tau") # of several seeds the first
         x = -np.log10(1 - r.tau.clip(upper=1 - 1e-6))
         for col, style, label in (("tokens_agree_pct", "-o", "tokens as the full model"), ("exits_agree_pct", "--s", "exits as the full model"), ("layers_run_pct", ":^", "layers run")):
             a.plot(x, r[col], style, color="black", markersize=4, markevery=3, label=label)
@@ -277,18 +278,21 @@ def _read_curve(path, needs):
     return points
 
 def collect_curves(
-    folder:str|Path # such as runs/pocket
+    folder:str|Path,         # such as runs/pocket
+    recipe:Recipe|None=None  # only the runs that it names; None: all
 ) -> dict[str, pd.DataFrame]: # tau: the file's columns, model, seed, used; sweep: columns of sweep_rows
     "What early exits and sweeps left below a folder."
     taus, points = [], []
+    named = lambda model, seed, technique=None: recipe is None or model in recipe.models and int(seed[4:]) in recipe.seeds and technique in (None, *recipe.techniques)
     for path in sorted(Path(folder).glob("*/seed*/*/**/tau_sweep.json")):
         model, seed, technique = path.relative_to(folder).parts[:3]
+        if not named(model, seed, technique): continue
         record = Path(folder)/model/seed/technique/"record.json"
         used = read_record(record)["extra"].get("tau") if record.exists() else None
         taus.append(pd.DataFrame(_read_curve(path, {"tau", "layers_run_pct"})).assign(model=model, seed=int(seed[4:]), used=used))
-    for path in sorted(Path(folder).glob("*/seed*/sweep/sweep.json")):
+    for path in sorted(Path(folder).glob("*/seed*/sweep/sweep.json")) if recipe is None or recipe.sweep.run else ():
         model, seed = path.relative_to(folder).parts[:2]
-        points += [dict(p, model=model, seed=int(seed[4:])) for p in _read_curve(path, {*_POINT, "correct", "executed", "loss", "parameters"})]
+        if named(model, seed): points += [dict(p, model=model, seed=int(seed[4:])) for p in _read_curve(path, {*_POINT, "correct", "executed", "loss", "parameters"})]
     return dict(tau=pd.concat(taus, ignore_index=True) if taus else pd.DataFrame(), sweep=sweep_rows(points) if points else pd.DataFrame())
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #a9f19ca5

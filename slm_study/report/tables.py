@@ -90,13 +90,14 @@ def made_up_records(
 def cells(
     records:pd.DataFrame, # columns of records.csv
     backend:str="torch",  # a key of BACKENDS
-) -> pd.DataFrame: # index (model, technique, metric), columns value, low, high, n, seeds
-    "One checked value per model, technique and metric."
+) -> pd.DataFrame: # index (model, technique, metric), columns value, low, high, n (of one seed), seeds, of (seeds that were run)
+    "One checked value per model, technique and metric; of several seeds their mean, and the interval that holds all of theirs."
     check_records(records, "records")
     if len(names := sorted(set(records.recipe))) > 1:
         raise StudyError(f"records: of {len(names)} recipes ({', '.join(names)}); a report shows one, so filter by recipe first")
-    rows = records[records.backend == backend]
-    return rows.groupby(["model", "technique", "metric"]).agg(value=("value", "mean"), low=("low", "min"), high=("high", "max"), n=("n", "sum"), seeds=("seed", "nunique"))
+    rows, of = records[records.backend == backend], records.groupby(["model", "technique"]).seed.nunique()
+    out = rows.groupby(["model", "technique", "metric"]).agg(value=("value", "mean"), low=("low", "min"), high=("high", "max"), n=("n", "max"), seeds=("seed", "nunique"))
+    return out.assign(of=[of[k[:2]] for k in out.index])
 
 # %% ../../nbs/60_report/00_tables.ipynb #3a0e21c4
 MISSING, UNPUBLISHED = "missing", "–"
@@ -119,12 +120,13 @@ def _decimals(x, unit):
 def show(
     cell,      # mapping with value, low, high; or None
     unit:str,  # unit of the metric
-) -> str: # "value [low, high]", "value", or "missing"
+) -> str: # "value [low, high]", "value", or "missing"; "(1 of 2 seeds)" behind it where some are missing
     "A measured cell as text."
     if cell is None or pd.isna(cell["value"]): return MISSING
     d = _decimals(cell["value"], unit)
     text = f"{cell['value']:,.{d}f}"
-    return text if pd.isna(cell["low"]) else f"{text} [{cell['low']:,.{d}f}, {cell['high']:,.{d}f}]"
+    if not pd.isna(cell["low"]): text += f" [{cell['low']:,.{d}f}, {cell['high']:,.{d}f}]"
+    return text + (f" ({cell['seeds']:.0f} of {cell['of']:.0f} seeds)" if "of" in cell and cell["seeds"] < cell["of"] else "")
 
 # %% ../../nbs/60_report/00_tables.ipynb #c008f9ff
 def _row_order(techniques):
@@ -146,18 +148,18 @@ def best_of(
     clear = rows.high[first] < rest.low.min() if lower else rows.low[first] > rest.high.max()
     return first if clear else None
 
-def _beside(records, source, model, extra=()):
+def _beside(records, source, model):
     "Our cells in the columns of a published table, the published value beside each."
     theirs, ours = published(source, model), cells(records)
     names = {m: c for c, m in PUBLISHED_COLUMNS.items()}
     rows = []
     for t in _row_order(set(TECHNIQUES)):
         row = {"Technique": TECHNIQUE_NAMES[t]}
-        for m in [*theirs.columns, *extra]:
+        for m in theirs.columns:
             key = (model, t, m)
             text = show(ours.loc[key], METRICS[m].unit) if key in ours.index else why_empty(records, m)
-            row[names.get(m, m)] = f"**{text}**" if t == best_of(ours, model, m) else text
-            if m in theirs: row[f"{names[m]}, published"] = theirs.loc[t, m] if t in theirs.index else UNPUBLISHED
+            row[names[m]] = f"**{text}**" if t == best_of(ours, model, m) else text
+            row[f"{names[m]}, published"] = theirs.loc[t, m] if t in theirs.index else UNPUBLISHED
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..recipes import StudyError
-from ..records import atomic_write, code_hash, writing
+from ..records import WRITTEN_BY, code_hash, note_made, outdated, writing
 from ..models import architecture, blocks, ffn, final_norm, input_embedding, is_tied, lm_head, load_checkpoint
 
 # %% ../../nbs/40_runtime/00_gguf.ipynb #0e50e438
@@ -177,13 +177,9 @@ def files(
 ) -> dict[str, Path]: # type -> file
     "The GGUF files of a checkpoint; made where they are missing, older than its weights, or written by other code."
     checkpoint, folder = Path(checkpoint), Path(folder)
-    code, stamp = code_hash("runtime/gguf.py", "models.py"), folder/"made_by.json"
-    made_by = json.loads(stamp.read_text(encoding="utf-8")) if stamp.exists() else {}
-    born = max((p.stat().st_mtime for p in checkpoint.glob("*.safetensors")), default=0)
-    out = {t: folder/f"model-{t}.gguf" for t in types}
-    late = [t for t, p in out.items() if not (made_by.get(t) == code and p.exists() and p.stat().st_mtime > born)]
+    out, code = {t: folder/f"model-{t}.gguf" for t in types}, code_hash(*WRITTEN_BY)
+    late = outdated(checkpoint, list(out.values()), code)
     loaded = load_checkpoint(checkpoint) if late else None
-    for t in late: export(loaded, out[t], t)
-    if late:
-        with atomic_write(stamp) as f: json.dump(made_by | dict.fromkeys(late, code), f)
+    for t in [t for t, p in out.items() if p in late]: export(loaded, out[t], t)
+    note_made(late, code)
     return out
