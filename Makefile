@@ -4,7 +4,7 @@ RECIPE ?= pocket
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CORES  ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 BIN    := .venv/bin
-.PHONY: study test bases bench soak lab export help
+.PHONY: setup study test bases bench soak lab docs export help
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -19,6 +19,8 @@ help: ## show this
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "Set up."
+
+setup: .venv/installed ## set up .venv and nothing else (every command does it when it is missing)
 
 study: .venv/installed ## run a study to its tables and figures; RECIPE=smoke for a small one
 	@$(BIN)/slm-study run --recipe $(RECIPE) --cores $(CORES)
@@ -40,6 +42,11 @@ soak: .venv/installed ## 10,000 tasks run again, 10,000 programs, 2 % of them ho
 
 lab: .venv/installed ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb
+
+docs: .venv/installed ## the notebooks as a web site, in _docs; needs Quarto
+	@command -v quarto >/dev/null || { echo "make: docs needs Quarto, which renders the pages; install it (quarto.org) and call make docs again"; exit 2; }
+	@$(BIN)/python tests/readme.py
+	@$(BIN)/nbdev_docs
 
 export: .venv/installed ## notebooks to modules and README, notebooks cleaned: after every edit
 	@$(BIN)/nbdev_export

@@ -1,15 +1,19 @@
 "Questions about real-looking files, from the shell: right answers, pictures, what the programs agree on, and one line for what cannot be."
 import gzip, os, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from slm_study.assistant import assistant
 from slm_study.assistant.assistant import Assistant, Reply
-from slm_study.assistant.cli import tell
+from slm_study.assistant.cli import main, tell
 from slm_study.assistant.reader import as_said, read_data
 from slm_study.curation.log_formats import FORMATS, fill_log
+from slm_study.curation.prompts import render
+from slm_study.curation.slots import fill_slots, handover_of
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +55,19 @@ def test_every_known_format_is_read_with_its_fields(fmt, tmp_path):
             if sum(name in g.names for g in FORMATS[fmt].fields.values()) == 1:
                 assert name in [c.name for c in as_said(data, f"how many lines per {name}?") if c.pattern == f.pattern], (fmt, name)
 
+@pytest.mark.parametrize("name,text", [("hosts.csv", "host,active\na,True\nb,False\nc,True\nd,\n"), ("hosts.jsonl", '{"host": "a", "active": true}\n{"host": "b", "active": false}\n{"host": "c", "active": true}\n')])
+def test_true_and_false_are_no_texts(name, text, tmp_path, monkeypatch):
+    "A program that asks for true rows as curated ones ask for any value must find them."
+    monkeypatch.chdir(tmp_path); Path(name).write_text(text)
+    columns = read_data(name).columns
+    _, slots = render("how many rows where active is true?", handover_of(columns), columns)
+    active = next(s for s, v in slots.items() if v == "active")
+    read = "pd.read_csv(F0)" if name.endswith("csv") else "pd.read_json(F0, lines=True)"
+    program = fill_slots(f"df = {read}\nn = len(df[df[{active}] == V0])", slots)
+    there = dict(pd=pd)
+    exec(program, there)
+    assert there["n"] == 2, program
+
 def reply(answer, votes=2, of=2, error="", unused=(), **files): return Reply(answer, files, votes, of, "print(1)", "a", not error, error, unused, .01, .01)
 
 def test_a_picture_is_kept_under_a_name_that_was_free(tmp_path, monkeypatch, capsys):
@@ -59,6 +76,18 @@ def test_a_picture_is_kept_under_a_name_that_was_free(tmp_path, monkeypatch, cap
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x-2.png", "x.png"]
     out = capsys.readouterr()
     assert out.out == "" and "1 of 2 programs say so" in out.err and "1 of 2: 2" in out.err
+
+def test_a_weaker_sandbox_is_named(monkeypatch, capsys):
+    class Weaker:
+        tuned, sandbox = True, SimpleNamespace(why=["A: bubblewrap is missing"], tier=SimpleNamespace(name="B"))
+        def __init__(self, *args, **kw): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def ask(self, request, data): return [reply("7")]
+    monkeypatch.setattr(assistant, "Assistant", Weaker)
+    assert main(["ask", "how many?"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "7\n" and "slm-study: the programs ran in sandbox tier B (A: bubblewrap is missing)\n" in err
 
 def test_what_is_said_beside_an_answer(capsys):
     said = lambda *replies, show_code=False: (tell(list(replies), show_code, True), *capsys.readouterr())

@@ -115,6 +115,9 @@ def test_addresses_go_and_rows_stay(tmp_path):
     kept, source = kept_texts(tmp_path, "code", rows)
     assert len(kept) == 24 and source.redacted == 48
     assert not [a for _, t in kept for a in ADDRESSES if a in t] and all("np.eye(3)@np.ones(3)" in t for _, t in kept)
+    after = code_row("import numpy as np\n" + program(99, rng) + 'mail = "Contact:\\nada@uni-x.org or\\tbob@uni-x.org"\n', "escaped") # the letter of an escape is no part of an address
+    (_, text), = kept_texts(tmp_path, "code", [after])[0]
+    assert '"Contact:\\nuser@example.com or\\tuser@example.com"' in text
     kept, source = kept_texts(tmp_path, "scidocs", [r | {"abstract": f"Write to {ADDRESSES[i % 5]}. " + r["abstract"]} for i, r in enumerate(paper_row(i, rng) for i in range(24))])
     assert len(kept) == 24 and source.redacted == 24 and not [t for _, t in kept if "@" in t.replace("user@example.com", "")]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from fastcore.basics import patch
 import numpy as np
 
-from ..recipes import Run, StudyError
-from ..records import read_csv
+from ..recipes import Run, StudyError, load_recipe
+from ..records import WRITTEN_BY, code_hash, outdated, read_csv
 from ..curation.prompts import render
 from ..curation.slots import SLOT_TOKENS, fill_slots, handover_of
 from ..runtime.llama_cpp import Llama, detokenize, tokenize, write
@@ -34,20 +34,21 @@ def weights(
     run = Run(recipe, model, "base", out=runs)
     tuned = (run.tuned/"config.json").exists()
     source, folder = (run.tuned, run.folder/"gguf") if tuned else (run.pretrained, run.out/"assistant"/model)
-    if not (source/"config.json").exists(): raise StudyError(f"{source}: no model here; run `slm-study run --recipe {recipe}` first")
-    path, born = folder/"model-q8_0.gguf", max((p.stat().st_mtime for p in source.glob("*.safetensors")), default=0)
-    if not path.exists() or path.stat().st_mtime <= born:
+    if not (source/"config.json").exists(): raise StudyError(f"{source}: no model here; run `slm-study run --recipe {recipe}{f' --out {runs}' if runs else ''}` first")
+    path = folder/"model-q8_0.gguf"
+    if outdated(source, [path], code_hash(*WRITTEN_BY)):
         from slm_study.runtime.gguf import files # PyTorch, only to write the file
         path = files(source, folder, ("q8_0",))["q8_0"]
     return path, tuned
 
 def better_first(
-    recipe:str="pocket" # whose committed records are read
+    recipe:str="pocket",# whose records are read
+    runs:str=""         # working folder of the study; "", or no records there: those in figures/<recipe>
 ) -> list[str]: # models
     "The models, the one with more right answers first."
-    run = Run(recipe)
-    try: records = read_csv(run.figures/"records.csv")
-    except (OSError, StudyError): return list(run.recipe.models)
+    run, there = Run(recipe), [f for f in (Run(recipe, out=runs).figures/"records.csv", Run(recipe).figures/"records.csv") if f.exists()]
+    try: records = read_csv(there[0])
+    except (IndexError, OSError, StudyError): return list(run.recipe.models)
     right = records[(records.technique == "base") & (records.metric == "accuracy_pct") & (records.backend == "torch")].groupby("model").value.mean()
     return sorted(run.recipe.models, key=lambda m: -right.get(m, 0.))
 
@@ -82,7 +83,8 @@ class Assistant:
         unsafe:bool=False        # no isolation
     ):
         if draws < 0: raise StudyError(f"draws: {draws} is less than 0; give 0 or more")
-        self.names, self.recipe, self.runs, self.draws, self.patience_s, self.max_new_tokens = list(models) or better_first(recipe), recipe, runs, draws, patience_s, max_new_tokens
+        self.names, self.recipe, self.runs, self.draws, self.patience_s, self.max_new_tokens = list(models) or better_first(recipe, runs), recipe, runs, draws, patience_s, max_new_tokens
+        self.in_slots = load_recipe(recipe).data.slots # as the models were trained
         self.sandbox = Sandbox(workers=1, limits=Limits(seconds=seconds, memory_mib=memory_mib), calibrate=False, unsafe=unsafe)
 
     def __enter__(self):
@@ -122,7 +124,7 @@ def ask(self:Assistant,
     if again := [d.name for i, d in enumerate(data) if d.name in {e.name for e in data[:i]}]: raise StudyError(f"data: two files are named {again[0]}; rename one")
     columns, files, start, known, replies = tuple(c for d in data for c in as_said(d, request)), {d.name: d.text for d in data}, time.perf_counter(), {}, []
     for d in data: request = quote_found(request, d, columns)
-    prompt, slots = render(request, handover_of(columns), columns)
+    prompt, slots = render(request, handover_of(columns), columns, self.in_slots)
     called = {c.pattern or c.name: c.name for c in columns} # what a user calls what stands in a slot
     for draw, name in ((draw, name) for draw in range(self.draws + 1) for name in self.models):
         if replies and time.perf_counter() - start > self.patience_s: break

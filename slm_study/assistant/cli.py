@@ -116,7 +116,7 @@ def tell(
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #daea3433
 def _add_export(commands):
-    e = commands.add_parser("export", help="write a trained variant as one file for a small device", description="Write a variant of a finished study as one GGUF file, which llama.cpp runs without Python. Early exit is left out: llama.cpp runs every layer.",
+    e = commands.add_parser("export", help="write a trained variant as one file for a small device", description="Write a variant of a finished study as one GGUF file, which llama.cpp runs without Python. llama.cpp runs every layer, so the file of early_exit is base's; it has widths of its own (--type), so the file of quantization is base's too, and that of combined holds its weights before they were quantised.",
                             epilog="example:  slm-study export --model starcoder --technique pruning --format gguf --type q8_0 --out pruned.gguf")
     e.add_argument("--recipe", default="pocket", help="name or path of the study's recipe; default: pocket")
     e.add_argument("--model", required=True, help="tinyllama or starcoder")
@@ -136,7 +136,7 @@ def export_variant(
     from slm_study.runtime.gguf import export, full_precision
     checkpoint = dict(untuned=run.pretrained, base=run.tuned).get(run.technique, run.folder/"model")
     if not (checkpoint/"config.json").exists():
-        raise StudyError(f"{checkpoint}: no checkpoint here; run `slm-study run --recipe {run.source} --model {run.model} --technique {run.technique}` first")
+        raise StudyError(f"{checkpoint}: no checkpoint here; run `slm-study run --recipe {run.source} --model {run.model} --technique {run.technique}{f' --out {run.given_out}' if run.given_out else ''}` first")
     path = export(full_precision(checkpoint, run.tuned), out, type)
     print(f"slm-study: {path}: {run.model}, {run.technique}, {type}, {path.stat().st_size/2**20:.2f} MiB")
     return 0
@@ -149,12 +149,12 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     r = commands.add_parser("run", help="run a study, or go on with one", description="Run a study from data to tables and figures; what is done already is not done again.",
                             epilog="examples:  slm-study run    |    slm-study run --recipe smoke --dry-run    |    slm-study run --model starcoder --technique base --technique pruning")
-    r.add_argument("--recipe", default="pocket", help="name (%s) or path of a recipe; default: pocket" % ", ".join(recipe_names()))
+    r.add_argument("--recipe", default="pocket", help="name (%s) or path of a recipe; default: pocket" % ", ".join(n for n in recipe_names() if n != "bases"))
     r.add_argument("--model", action="append", help="only this model's records; may be repeated")
     r.add_argument("--technique", action="append", help="only this technique's records; may be repeated")
     r.add_argument("-j", "--cores", type=int, default=os.cpu_count() or 1, help="cores to use; default: all")
-    r.add_argument("--out", default="", help="working folder; default: runs/<recipe>, with tables and figures in figures/<recipe>")
-    r.add_argument("--unsafe-no-sandbox", action="store_true", help="run generated programs without isolation; every record and table says so")
+    r.add_argument("--out", default="", help="working folder, tables and figures in its folder figures; default: runs/<recipe>, with tables and figures in figures/<recipe>")
+    r.add_argument("--unsafe-no-sandbox", action="store_true", help="run generated programs without isolation; every record and the caption of every table that counts programs says so")
     r.add_argument("-n", "--dry-run", action="store_true", help="show what would be done")
     _add_ask(commands)
     _add_export(commands)
@@ -166,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
 # %% ../../nbs/70_assistant/02_cli.ipynb #3e81ff03
 def _start(a): # what `slm-study run` was asked for, checked
     run = Run(a.recipe, out=a.out)
+    if run.source == "bases": raise StudyError("--recipe: bases is no study; `make bases` trains the base models anew, in the place of those in bases/")
     for m in a.model or []: Run(a.recipe, m, out=a.out)
     for t in a.technique or []: Run(a.recipe, None, t, out=a.out)
     if a.cores < 1: raise StudyError(f"--cores: {a.cores} is not at least 1")
@@ -179,7 +180,10 @@ def _ask(a): # what `slm-study ask` was asked for, checked
     for m in a.model or [None]: Run(a.recipe, m, out=a.runs)
     data, assistant = [read_data(p) for p in a.data], Assistant(a.model or (), a.recipe, a.runs, a.draws, unsafe=a.unsafe_no_sandbox)
     def work():
-        with assistant: return tell(assistant.ask(a.request, data), a.show_code, assistant.tuned)
+        with assistant:
+            status, box = tell(assistant.ask(a.request, data), a.show_code, assistant.tuned), assistant.sandbox
+            if box.why and not a.unsafe_no_sandbox: print(f"slm-study: the programs ran in sandbox tier {box.tier.name} ({'; '.join(box.why)})", file=sys.stderr)
+            return status
     return work
 
 def _export(a): # what `slm-study export` was asked for, checked

@@ -82,7 +82,7 @@ def quote_found(
     return out + request[last:]
 
 # %% ../../nbs/70_assistant/00b_linking.ipynb #1f22cffe
-_SLOT = re.compile(r"(?<![\w.])[CVN]\d+(?!\w)") # files aside: a program may be handed the table
+_SLOT = re.compile(r"(?:(?<![\w.])|(?<=\b[pP]))[CVN]\d+(?=(?:st|nd|rd|th|ms|min|s|h|x)?(?!\w))") # also in N0th and pN0; files aside: a program may be handed the table
 
 def unused(
     request:str,  # in English

@@ -63,6 +63,10 @@ def kind_of(
 
 def _common(values): return tuple(v for v, _ in Counter(values).most_common(FEW))
 
+def _values(column): # as a program compares them: true and false are no texts
+    values = column.dropna()
+    return _common(values.tolist() if all(isinstance(v, bool) for v in values.tolist()) else values.astype(str))
+
 def read_table(
     name:str,   # of the file
     text:str,   # its content
@@ -73,7 +77,7 @@ def read_table(
     except (ValueError, pd.errors.ParserError) as e: raise StudyError(f"{name}: is no {format} file ({str(e).splitlines()[0][:100]}); mend that line, or leave it out") from None
     if not len(df.columns) or not len(df): raise StudyError(f"{name}: has no rows")
     kinds = {c: kind_of(df[c]) for c in df.columns}
-    columns = (Column(str(c), k, _common(df[c].dropna().astype(str)) if k == "category" else ()) for c, k in kinds.items())
+    columns = (Column(str(c), k, _values(df[c]) if k == "category" else ()) for c, k in kinds.items())
     return Data(name, format, (Column(name, "file", (format,)), *columns), text)
 
 # %% ../../nbs/70_assistant/00_reader.ipynb #c0988c60

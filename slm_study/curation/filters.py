@@ -178,9 +178,12 @@ def redact(
     if not _EMAIL.search(text): return text, 0
     if not code: return _EMAIL.subn("user@example.com", text)
     n, lines = 0, text.split("\n") # as tokenize counts
+    def gone(m): # "\\nada@uni.edu": the letter after the backslash belongs to it
+        escaped = m.start() and m.string[m.start() - 1] == "\\"
+        return m[0][:escaped] + "user@example.com"
     try: tokens = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type in (tokenize.STRING, tokenize.COMMENT)]
     except (tokenize.TokenError, SyntaxError): return _EMAIL.subn("user@example.com", text)
     for row in sorted({r for t in tokens if _EMAIL.search(t.string) for r in range(t.start[0] - 1, t.end[0])}):
-        lines[row], k = _EMAIL.subn("user@example.com", lines[row])
+        lines[row], k = _EMAIL.subn(gone, lines[row])
         n += k
     return "\n".join(lines), n

@@ -6,6 +6,7 @@
 __all__ = ['HELD_OUT_ONE_IN', 'STEPS', 'split_of', 'SourceRows']
 
 # %% ../../nbs/10_curation/09b_rows.ipynb #9fa61362
+import ast
 from collections import Counter
 
 from .dedup import Contamination, Repeats
@@ -65,6 +66,9 @@ class SourceRows:
         if not text.strip(): return (2, "no text"), None, None
         if kind := find_secret(text): return (3, f"secret: {kind}"), None, None
         text, n = redact(text, code)
+        if n and tree: # requests are read from it
+            try: tree = ast.parse(text)
+            except SyntaxError: return (3, "an address that is code"), None, None
         if self.tests and self.tests.found(text): return (4, "holds a test"), None, None
         if reason := self.repeats.reason(text, code): return (5, reason), None, None
         self.redacted += n

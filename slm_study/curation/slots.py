@@ -129,7 +129,8 @@ def _targets(columns):
 def _choose(found, text):
     "The one best target for a mention, or None when two are equally good"
     found = [(0 if name == text else rank, kind, name, i) for rank, kind, name, i in found]
-    best = [f for f in found if f[0] == min(found)[0]]
+    nearest = min(f[0] for f in found) # by rank alone: names may be of several types
+    best = [f for f in found if f[0] == nearest]
     return best[0][1:] if len(best) == 1 else None
 
 # %% ../../nbs/10_curation/01_slots.ipynb #19b523b1
