@@ -65,7 +65,8 @@ def run_study(
         except KeyboardInterrupt:
             for pid in (*tree(process.pid), process.pid) if process else ():
                 with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
-            status = process.wait() or 1 if process else 1
+            try: status = process.wait(20) or 1 if process else 1
+            except subprocess.TimeoutExpired: process.kill(); status = process.wait() # its steps have ended, and it waits for itself
         finally: signal.signal(signal.SIGTERM, before)
     if dry_run: return status
     took = f"{time.perf_counter()-start:.0f} s"
