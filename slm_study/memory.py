@@ -60,11 +60,11 @@ def whole_mib(
 ) -> float|None: # MiB; None where the system does not tell
     "Memory that this process's machine or control group has."
     there = machine_mib("MemTotal")
-    return None if there is None else min(there, *(bound for bound, _ in _bounds(groups)), there)
+    return None if there is None else min([there, *(bound for bound, _ in _bounds(groups))])
 
 def available_mib(
     groups:str|Path="/sys/fs/cgroup" # where control groups are mounted
 ) -> float|None: # MiB; None where the system does not tell
     "Memory that this process may still take."
     free = machine_mib("MemAvailable")
-    return None if free is None else min(free, *(bound - taken for bound, taken in _bounds(groups)), free)
+    return None if free is None else min([free, *(bound - taken for bound, taken in _bounds(groups))])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WRITTEN_BY', 'METRICS', 'BACKENDS', 'SPLIT_METRICS', 'QUALITY', 'OPTIONAL', 'COLUMNS', 'writing', 'atomic_write',
            'atomic_folder', 'data_hash', 'code_hash', 'outdated', 'note_made', 'MetricInfo', 'Metric', 'circumstances',
-           'write_record', 'read_record', 'as_rows', 'tidy', 'record_paths', 'collect', 'collect_runs', 'check_records',
-           'write_csv', 'read_csv']
+           'write_record', 'read_record', 'as_rows', 'tidy', 'named', 'record_paths', 'collect', 'collect_runs',
+           'check_records', 'write_csv', 'read_csv']
 
 # %% ../nbs/01_records.ipynb #11a7152d
 import contextlib, hashlib, json, os, platform, subprocess
@@ -239,6 +239,15 @@ def tidy(rows) -> pd.DataFrame: # columns COLUMNS
     key = lambda c: c.map({v: i for i, v in enumerate(order[c.name])}) if c.name in order else c
     return df.sort_values(["recipe", "model", "technique", "seed", "backend", "metric"], key=key, kind="stable").reset_index(drop=True).astype({"n": "Int64"})
 
+def named(
+    recipe:Recipe|None,       # None names every run
+    model:str,
+    seed:str,                 # the run's folder, such as seed0
+    technique:str|None=None   # None: of a model and seed alone, such as a sweep
+) -> bool:
+    "Does the recipe name this run?"
+    return recipe is None or model in recipe.models and seed in [f"seed{s}" for s in recipe.seeds] and technique in (None, *recipe.techniques)
+
 def record_paths(
     folder:str|Path,          # such as runs/pocket
     recipe:Recipe|None=None   # only the runs that it names; None: all
@@ -248,8 +257,7 @@ def record_paths(
     for p in paths:
         for what, name, known in (("model", p.parts[-4], MODELS), ("technique", p.parts[-2], TECHNIQUES)):
             if name not in known: raise StudyError(f"{p}: no such {what}: {name}; there are {', '.join(known)}; move that folder away")
-    if recipe is not None: paths = [p for p in paths if p.parts[-4] in recipe.models and p.parts[-2] in recipe.techniques and p.parts[-3] in [f"seed{s}" for s in recipe.seeds]]
-    return sorted(paths, key=lambda p: (MODELS.index(p.parts[-4]), p.parts[-3], TECHNIQUES.index(p.parts[-2])))
+    return sorted((p for p in paths if named(recipe, *p.parts[-4:-1])), key=lambda p: (MODELS.index(p.parts[-4]), p.parts[-3], TECHNIQUES.index(p.parts[-2])))
 
 def collect(
     folder:str|Path,          # such as runs/pocket

@@ -46,9 +46,10 @@ def better_first(
     runs:str=""         # working folder of the study; "", or no records there: those in figures/<recipe>
 ) -> list[str]: # models
     "The models, the one with more right answers first."
-    run, there = Run(recipe), [f for f in (Run(recipe, out=runs).figures/"records.csv", Run(recipe).figures/"records.csv") if f.exists()]
-    try: records = read_csv(there[0])
-    except (IndexError, OSError, StudyError): return list(run.recipe.models)
+    run = Run(recipe)
+    there = Run(recipe, out=runs).figures/"records.csv"
+    try: records = read_csv(there if there.exists() else run.figures/"records.csv")
+    except (OSError, StudyError): return list(run.recipe.models)
     right = records[(records.technique == "base") & (records.metric == "accuracy_pct") & (records.backend == "torch")].groupby("model").value.mean()
     return sorted(run.recipe.models, key=lambda m: -right.get(m, 0.))
 

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 
 from ..evaluation.statistics import paired_difference, wilson
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Recipe, StudyError
-from ..records import BACKENDS, read_record
+from ..records import BACKENDS, named, read_record
 from .tables import cells
 from .comparisons import noise_band, per_prompt
 from .figures import COLOURS, MARKERS, MODEL_NAMES, save_figure, set_style
@@ -283,16 +283,15 @@ def collect_curves(
 ) -> dict[str, pd.DataFrame]: # tau: the file's columns, model, seed, used; sweep: columns of sweep_rows
     "What early exits and sweeps left below a folder."
     taus, points = [], []
-    named = lambda model, seed, technique=None: recipe is None or model in recipe.models and int(seed[4:]) in recipe.seeds and technique in (None, *recipe.techniques)
     for path in sorted(Path(folder).glob("*/seed*/*/**/tau_sweep.json")):
         model, seed, technique = path.relative_to(folder).parts[:3]
-        if not named(model, seed, technique): continue
+        if not named(recipe, model, seed, technique): continue
         record = Path(folder)/model/seed/technique/"record.json"
         used = read_record(record)["extra"].get("tau") if record.exists() else None
         taus.append(pd.DataFrame(_read_curve(path, {"tau", "layers_run_pct"})).assign(model=model, seed=int(seed[4:]), used=used))
     for path in sorted(Path(folder).glob("*/seed*/sweep/sweep.json")) if recipe is None or recipe.sweep.run else ():
         model, seed = path.relative_to(folder).parts[:2]
-        if named(model, seed): points += [dict(p, model=model, seed=int(seed[4:])) for p in _read_curve(path, {*_POINT, "correct", "executed", "loss", "parameters"})]
+        if named(recipe, model, seed): points += [dict(p, model=model, seed=int(seed[4:])) for p in _read_curve(path, {*_POINT, "correct", "executed", "loss", "parameters"})]
     return dict(tau=pd.concat(taus, ignore_index=True) if taus else pd.DataFrame(), sweep=sweep_rows(points) if points else pd.DataFrame())
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #a9f19ca5

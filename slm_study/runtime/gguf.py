@@ -180,6 +180,7 @@ def files(
     out, code = {t: folder/f"model-{t}.gguf" for t in types}, code_hash(*WRITTEN_BY)
     late = outdated(checkpoint, list(out.values()), code)
     loaded = load_checkpoint(checkpoint) if late else None
-    for t in [t for t, p in out.items() if p in late]: export(loaded, out[t], t)
+    for t, p in out.items():
+        if p in late: export(loaded, p, t)
     note_made(late, code)
     return out
