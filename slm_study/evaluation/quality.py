@@ -99,12 +99,10 @@ def _judge(s, task, outcome):
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #2363a6f6
 def _run_all(sandbox, jobs, progress):
-    "Outcomes of all jobs; what failed through no fault of the program is run once more, then `StudyError`: it says nothing about the program."
+    "Outcomes of all jobs; `StudyError` where the machine failed, since that says nothing about a program."
     out = sandbox.run_many(jobs, progress=progress)
-    if again := [i for i, o in enumerate(out) if o.verdict == "infrastructure_error"]:
-        for i, o in zip(again, sandbox.run_many([jobs[i] for i in again], progress=False)): out[i] = o
-        left = [o for o in out if o.verdict == "infrastructure_error"]
-        if left: raise StudyError(f"sandbox: {len(left)} of {len(out)} programs could not be run ({left[0].stderr.strip()[-120:] or 'no reason given'}); free some memory and run the same command again, what is done is kept")
+    left = [o for o in out if o.verdict == "infrastructure_error"] # the sandbox has tried them twice
+    if left: raise StudyError(f"sandbox: {len(left)} of {len(out)} programs could not be run ({left[0].stderr.strip()[-120:] or 'no reason given'}); free some memory and run the same command again, what is done is kept")
     return out
 
 def evaluate_samples(
