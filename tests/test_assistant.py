@@ -14,6 +14,7 @@ from slm_study.assistant.reader import as_said, read_data
 from slm_study.curation.log_formats import FORMATS, fill_log
 from slm_study.curation.prompts import render
 from slm_study.curation.slots import fill_slots, handover_of
+from slm_study.recipes import StudyError
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,14 @@ def test_no_program_names_a_slot_that_has_no_value(folder):
         for model in assistant.models:
             texts = lambda slots: [assistant.write(model, "df C0 category\ntop N0 C0\n<|program|>\n", slots, draw)[1] for draw in range(4)]
             assert all("N0" in t for t in texts({"C0": "queue", "N0": 3})) and not any("N0" in t for t in texts({"C0": "queue"}))
+
+def test_a_log_without_years_is_asked_no_date(folder):
+    with Assistant(runs=str(folder/"runs")) as assistant:
+        with pytest.raises(StudyError, match="have no year"): assistant.ask("how many lines after 2024-03-05?", [read_data(folder/"openssh.log")])
+
+def test_fields_of_a_file(folder):
+    done = ask(folder, "--data", str(folder/"openssh.log"))
+    assert done.returncode == 0 and all(f"\n  {name} " in done.stdout for name in ("time", "host", "user", "port")), done.stderr
 
 @pytest.mark.parametrize("args, says", [(["--draws", "-1"], "draws: -1"), (["--draws", "x"], "--draws")])
 def test_draws_that_cannot_be(folder, args, says):

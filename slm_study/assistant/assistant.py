@@ -6,7 +6,7 @@
 __all__ = ['weights', 'better_first', 'Reply', 'Assistant']
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #f526d347
-import time
+import re, time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -122,6 +122,9 @@ def ask(self:Assistant,
 ) -> list[Reply]: # the best first: that of most programs among those that ran and left nothing out
     "Let every model write programs, run them, and count what they say."
     if not request.strip(): raise StudyError("request: is empty; ask something, such as 'how many lines per level?'")
+    forms = [c.values[0] for d in data for c in d.columns if c.kind == "time" and c.pattern]
+    said = re.sub("|".join(re.escape(d.name) for d in data), "", request) # a file may be called after a date
+    if forms and not any("%y" in f.lower() for f in forms) and re.search(r"(?<!\d)\d{4}-\d\d-\d\d", said): raise StudyError("request: names a date, and the times of this log have no year; ask for lines with 'Mar  5', as the log writes it")
     if again := [d.name for i, d in enumerate(data) if d.name in {e.name for e in data[:i]}]: raise StudyError(f"data: two files are named {again[0]}; rename one")
     columns, files, start, known, replies = tuple(c for d in data for c in as_said(d, request)), {d.name: d.text for d in data}, time.perf_counter(), {}, []
     for d in data: request = quote_found(request, d, columns)

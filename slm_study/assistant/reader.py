@@ -92,14 +92,24 @@ def _seen(columns, lines):
         if c.kind == "file": yield c
         elif said := _found(c.pattern, lines): yield replace(c, values=_common(said)) if c.kind == "category" else c
 
+_BSD, _ISO = r"\w{3} +\d+ [\d:]{8}", r"\d{4}-\d\d-\d\dT[\d:]{8}" # how a syslog's lines begin, and how they do on newer systems: .123456+01:00 may follow
+_ISO_SYSLOG = rf"^{_ISO}(?:\.\d+)?[+-]\d\d:?\d\d [\w.-]+ [^\s:\[]+(?:\[\d+\])?: "
+
+def _in_iso(column):
+    "A field of syslog, where times are written by ISO 8601."
+    pattern = column.pattern.replace(f"({_BSD})", f"({_ISO})").replace(_BSD, r"\S+")
+    return replace(column, pattern=pattern, values=("%Y-%m-%dT%H:%M:%S",) if column.kind == "time" else column.values)
+
 def read_log(
-    name:str,   # of the file
-    text:str,   # its content
-    format:str  # a key of FORMATS
+    name:str,      # of the file
+    text:str,      # its content
+    format:str,    # a key of FORMATS
+    iso:bool=False # a kind of syslog whose times are written by ISO 8601?
 ) -> Data:
     "Describe a log of a known format."
-    names = {f.pattern: (*f.names, *f.new_names) for f in FORMATS[format].fields.values()}
-    return Data(name, format, tuple(_seen(log_columns(format, name), text.splitlines()[:20_000])), text, names)
+    columns = [_in_iso(c) if iso and c.kind != "file" else c for c in log_columns(format, name)]
+    names = {c.pattern: (*f.names, *f.new_names) for f, c in zip(FORMATS[format].fields.values(), columns[1:], strict=True)}
+    return Data(name, format, tuple(_seen(columns, text.splitlines()[:20_000])), text, names)
 
 def as_said(
     data:Data,
@@ -150,8 +160,11 @@ def read_data(
 ) -> Data:
     "Find out what a file holds; `StudyError` in one line where it cannot be asked about."
     name, text = read_text(path)
+    lines = [l for l in text.splitlines()[:20_000] if l.strip()]
+    if share(_ISO_SYSLOG, lines[:300]) > .9: return read_log(name, text, guess_format("\n".join(re.sub(r"^\S+", "Mar  4 11:22:33", l) for l in lines[:300])), iso=True)
     format = guess_format(text)
     if format in ("csv", "jsonl"): return read_table(name, text, format)
     if format: return read_log(name, text, format)
-    lines = [l for l in text.splitlines()[:20_000] if l.strip()]
+    for mark in ";\t": # a header has no digits; a log with tabs seldom begins without any
+        if len(lines) > 1 and len({l.count(mark) for l in lines[:20]}) == 1 and lines[0].count(mark) and not re.search(r"\d", lines[0]): raise StudyError(f"{name}: looks like a table with {mark!r} between its cells; write it with commas")
     return Data(name, "log", (Column(name, "file", ("log",)), *_seen(any_columns(lines), lines)), text)

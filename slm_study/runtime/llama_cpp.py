@@ -33,7 +33,7 @@ _SIGNATURES = dict( # result, arguments
     llama_n_ubatch=(ctypes.c_uint32, _PTR), llama_n_seq_max=(ctypes.c_uint32, _PTR), llama_set_n_threads=(None, _PTR, _INT, _INT), llama_batch_init=(_Batch, _INT, _INT, _INT),
     llama_batch_free=(None, _Batch), llama_decode=(_INT, _PTR, _Batch), llama_get_logits_ith=(_PTR, _PTR, _INT), llama_get_memory=(_PTR, _PTR), llama_memory_clear=(None, _PTR, ctypes.c_bool),
     llama_tokenize=(_INT, _PTR, ctypes.c_char_p, _INT, ctypes.POINTER(_INT), _INT, ctypes.c_bool, ctypes.c_bool),
-    llama_detokenize=(_INT, _PTR, ctypes.POINTER(_INT), _INT, ctypes.c_char_p, _INT, ctypes.c_bool, ctypes.c_bool))
+    llama_vocab_type=(_INT, _PTR), llama_token_to_piece=(_INT, _PTR, _INT, ctypes.c_char_p, _INT, _INT, ctypes.c_bool))
 _loaded = {}
 
 def library() -> ctypes.CDLL: # llama.cpp
@@ -134,11 +134,12 @@ def detokenize(
     model:Llama,
     ids:list[int] # token ids
 ) -> str:
-    "The text of some tokens, special ones left out."
-    given, room = (_INT*len(ids))(*ids), 64*len(ids) + 64
-    out = ctypes.create_string_buffer(room)
-    n = model.lib.llama_detokenize(model.vocab, given, len(ids), out, room, False, False)
-    return out.raw[:max(0, n)].decode(errors="replace")
+    "The text of some tokens, special ones left out; piece by piece, since llama.cpp's own function drops spaces before signs."
+    room, sentencepiece = ctypes.create_string_buffer(256), model.lib.llama_vocab_type(model.vocab) == 1 # which puts a space in front of a text
+    def piece(i, t):
+        n = model.lib.llama_token_to_piece(model.vocab, t, room, len(room), int(sentencepiece and not i), False)
+        return room.raw[:max(0, n)]
+    return b"".join(piece(i, t) for i, t in enumerate(ids)).decode(errors="replace")
 
 # %% ../../nbs/40_runtime/01_llama_cpp.ipynb #a9eb6161
 @dataclass(frozen=True)
