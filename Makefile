@@ -25,7 +25,7 @@ setup: .venv/installed ## set up .venv and nothing else (every command does it w
 study: .venv/installed ## run a study to its tables and figures; RECIPE=smoke for a small one
 	@$(BIN)/slm-study run --recipe $(RECIPE) --cores $(CORES)
 
-bases: .venv/installed ## train the two base models of bases/ anew: an hour on two cores
+bases: .venv/installed ## train the two base models of bases/ anew: one to two hours on two cores
 	@mkdir -p runs/bases
 	@$(BIN)/python -m snakemake bases --snakefile Snakefile --directory runs/bases --cores $(CORES) --config recipe=bases --nolock --rerun-incomplete --quiet host reason
 
