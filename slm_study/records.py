@@ -146,7 +146,7 @@ METRICS = dict(
     accuracy_pct=MetricInfo("%", "programs that give the right answer, of all prompts", False),
     same_text_pct=MetricInfo("%", "prompts answered with the very text that torch gives", False),
     **{f"accuracy_{s}_pct": MetricInfo("%", f"programs that give the right answer, of the prompts with {about}", False) for s, about in
-       dict(iid="new parameters", phrasing="wordings never trained on", composition="combinations never trained on", schema="names never trained on", format="log formats never trained on").items()},
+       dict(iid="new parameters", phrasing="wordings never trained on", composition="combinations never trained on", schema="names never trained on", format="log formats never trained on", known_families="families of tasks that the base knew", new_families="families of tasks that were kept from the base").items()},
     q_score=MetricInfo("points", "five criteria met, 0-100 (paper, 3.4.2)", False),
     q_score_keywords=MetricInfo("points", "the published code's keyword score, 0-100", False),
 )

@@ -73,7 +73,7 @@ BITS = ("correct", "executed", "valid", "valid_raw")
 
 def outcome_bits(
     samples:list[dict] # from `evaluate_samples`, in the order of the tasks
-) -> dict: # JSON-able: n, prompts (fingerprint of the tasks), one string of 0 and 1 per question
+) -> dict: # JSON-able: n, prompts (fingerprint of the tasks), families (of the prompts, apart by spaces), one string of 0 and 1 per question
     "Every prompt's outcome in a few strings."
     digest = hashlib.sha256("\n".join(f"{s['task_id']} {s['family']} {s['split']} {s['difficulty']} {s['answer']}" for s in samples).encode()).hexdigest()[:12]
-    return dict(n=len(samples), prompts=digest, **{k: "".join("01"[bool(s[k])] for s in samples) for k in BITS})
+    return dict(n=len(samples), prompts=digest, families=" ".join(s["family"] for s in samples), **{k: "".join("01"[bool(s[k])] for s in samples) for k in BITS})

@@ -14,10 +14,11 @@ import pandas as pd
 from ..recipes import StudyError
 from ..records import Metric
 from ..curation.slots import fill_slots
+from ..curation.corpus import HELD_BACK
 from ..curation.tasks import TEST_SPLITS, same_answer
 from .repair import parses, repair
 from .sandbox import Job, Outcome, Sandbox
-from .statistics import bootstrap_mean, wilson
+from .statistics import bootstrap_families, rate_interval
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #2def6ced
 CRITERIA = ("library", "printed", "visualisation", "data", "syntax")
@@ -127,27 +128,27 @@ def evaluate_samples(
     return res
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #0e79b9e7
-def _rate(name, hits):
-    low, high = wilson(sum(hits), len(hits))
-    return Metric(name, 100*sum(hits)/len(hits), 100*low, 100*high, len(hits))
+def _rate(name, samples, hit, unit=100):
+    hits, of = [bool(hit(s)) for s in samples], [s["family"] for s in samples]
+    low, high = rate_interval(hits, of)
+    return Metric(name, unit*sum(hits)/len(hits), unit*low, unit*high, len(hits))
 
-def _mean(name, values):
-    low, high = bootstrap_mean(values) if len(values) > 1 else (None, None)
+def _mean(name, samples):
+    values = [s[name] for s in samples]
+    low, high = bootstrap_families(values, [s["family"] for s in samples]) if len(values) > 1 else (None, None)
     return Metric(name, sum(values)/len(values), low, high, len(values))
 
 def quality_metrics(
     samples:list[dict], # from `evaluate_samples`
 )->list[Metric]: # of all prompts
     "The study's quality numbers; every denominator is the number of prompts."
-    col = lambda k: [s[k] for s in samples]
-    splits = [(s, [x["correct"] for x in samples if x["split"] == s]) for s in TEST_SPLITS]
-    syntax = [not v for v in col("compiles_raw")]
-    low, high = wilson(sum(syntax), len(samples))
-    return [_rate("inference_success_pct", [s["stop_reason"] == "eos" and not s["empty"] for s in samples]),
-            Metric("syntax_errors", sum(syntax), low*len(samples), high*len(samples), len(samples)),
-            _rate("valid_raw_pct", col("valid_raw")), _rate("valid_pct", col("valid")), _rate("exec_pct", col("executed")), _rate("accuracy_pct", col("correct")),
-            *(_rate(f"accuracy_{s}_pct", hits) for s, hits in splits if hits),
-            _mean("q_score", col("q_score")), _mean("q_score_keywords", col("q_score_keywords"))]
+    def rate(name, key): return _rate(name, samples, lambda s: s[key])
+    parts = {s: [x for x in samples if x["split"] == s] for s in TEST_SPLITS} | {k: [x for x in samples if (x["family"] in HELD_BACK) == new] for k, new in (("known_families", False), ("new_families", True))}
+    return [_rate("inference_success_pct", samples, lambda s: s["stop_reason"] == "eos" and not s["empty"]),
+            _rate("syntax_errors", samples, lambda s: not s["compiles_raw"], len(samples)),
+            rate("valid_raw_pct", "valid_raw"), rate("valid_pct", "valid"), rate("exec_pct", "executed"), rate("accuracy_pct", "correct"),
+            *(_rate(f"accuracy_{k}_pct", part, lambda s: s["correct"]) for k, part in parts.items() if part),
+            _mean("q_score", samples), _mean("q_score_keywords", samples)]
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #acdf0945
 def repair_table(

@@ -306,7 +306,7 @@ def write_report(
     cells(records) # refuse what cannot be shown before anything is written
     outcomes, curves = outcomes or {}, curves or {}
     rows = outcomes.get("outcomes", [])
-    ours = [(table_vs_base(records, rows), "table_vs_base", f"Every variant against base, which ran in turns with it: time, right answers on the same prompts (McNemar's test, Holm's correction over this table), memory. {smallest_effect(rows)}"),
+    ours = [(table_vs_base(records, rows), "table_vs_base", f"Every variant against base, which ran in turns with it: time, right answers on the same prompts (intervals and sign-flip tests by families of tasks; each interval stands for itself, p is corrected by Holm's method over this table), memory. {smallest_effect(rows)}"),
             (table_aa(records), "table_aa", "Base against base, timed in turns: what a second process with the same model differs by. 1 is no difference; the intervals hold what processes add, estimated from all other runs of the backend; answers are greedy, so they cannot differ."),
             (table_base_again(outcomes.get("again", [])), "table_base_again", "Every metric of base, and of base again in a second process that worked in turns with the first: does the ratio's 95 % interval, what processes add included, hold 1? If not, does it as one of so many intervals (Bonferroni)? Do two amounts of memory differ by no more than processes do?"),
             (table_device(records), "table_device", "Every variant on llama.cpp: llama.cpp 8-bit, llama.cpp-f16 16-bit, llama.cpp-q4_0 4-bit weights. llama.cpp runs every layer and has widths of its own, so the rows of Early Exit and Quantization are base once more."),
