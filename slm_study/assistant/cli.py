@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'only_one', 'targets', 'snakemake_command', 'run_study', 
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #5794c008
 import argparse, contextlib, fcntl, os, signal, subprocess, sys, time
+from importlib.metadata import version
 from pathlib import Path
 from ..recipes import Run, StudyError, recipe_names, root
 from ..records import atomic_write
@@ -158,8 +159,9 @@ def parser() -> argparse.ArgumentParser:
     "All commands and their help."
     p = argparse.ArgumentParser("slm-study", description="Small language models that write Python to analyse logs, and what compression really does to them.",
                                 epilog="examples:  slm-study ask 'top 5 addresses' --data auth.log    |    slm-study run --recipe smoke    |    slm-study COMMAND --help")
+    p.add_argument("--version", action="version", version=f"slm-study {version('slm_study')}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    r = commands.add_parser("run", help="run a study, or go on with one", description="Run a study from data to tables and figures; what is done already is not done again.",
+    r = commands.add_parser("run", help="run a study, or go on with one", description="Run a study from data to tables and figures (pocket: some two hours on two cores; smoke: ten minutes); what is done already is not done again. Tables and figures alone are drawn anew from committed records by `papermill nbs/studies/4_results.ipynb out.ipynb -p recipe pocket`, within a minute.",
                             epilog="examples:  slm-study run    |    slm-study run --recipe smoke --dry-run    |    slm-study run --model starcoder --technique base --technique pruning")
     r.add_argument("--recipe", default="pocket", help="name (%s) or path of a recipe; default: pocket" % ", ".join(n for n in recipe_names() if n != "bases"))
     r.add_argument("--model", action="append", help="only this model's records; may be repeated")
@@ -172,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     _add_export(commands)
     b = commands.add_parser("bench", help="how fast the parts are, beside what one would use instead", description="Run the parts that have something to be compared with, both in one run, and print the ratios. All benches take some minutes.",
                             epilog="example:  slm-study bench --what sandbox")
-    b.add_argument("--what", action="append", help="a bench, such as sandbox or corpus; may be repeated; default: all")
+    b.add_argument("--what", action="append", help="a bench, such as sandbox or corpus (a wrong name lists all); may be repeated; default: all")
     return p
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #3e81ff03

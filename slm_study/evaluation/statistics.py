@@ -9,7 +9,7 @@ __all__ = ['wilson', 'bootstrap_mean', 'bootstrap_median', 'bootstrap_ratio', 'd
 
 # %% ../../nbs/50_evaluation/03_statistics.ipynb #47adfc9c
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from ..recipes import StudyError
 
@@ -124,7 +124,9 @@ def between_pairs(
     "How far pairs of equal processes lie apart for no reason in them."
     y, l, h = (np.log(np.asarray(x, dtype=float)) for x in (ratios, lows, highs))
     if y.ndim != 1 or not len(y) or not np.isfinite([*y, *l, *h]).all(): raise StudyError(f"between_pairs: {y.size} ratios; need at least one, with both ends of its interval above 0")
-    return float(max(0., np.mean(y**2 - ((h - l)/3.92)**2))**.5)
+    s2 = np.maximum(((h - l)/3.92)**2, 1e-12)
+    beyond = lambda t2: float(np.mean(y**2/(s2 + t2))) - 1 # falls with t2
+    return 0. if beyond(0.) <= 0 else float(optimize.brentq(beyond, 0., (y**2).max(), xtol=1e-12))**.5
 
 def with_pairs(
     ratio:float, low:float, high:float, # with its 95 % interval, above 0

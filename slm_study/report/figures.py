@@ -77,9 +77,19 @@ def _recipe(records):
 
 # %% ../../nbs/60_report/01_figures.ipynb #b7327c0d
 _ORDER = list(TECHNIQUES)
+_MINUTES = "(minutes apart, on a machine whose speed\nchanges; in turns: figure_noise)"
 
-def _two_panels(records, model, metric, label, notes=False):
-    "Published on the left, ours on the right."
+def _diamonds(ax, values, bars, techniques, unit, label):
+    "Published values on the bars, their numbers on the side where the bar's own is not; raised where the bar's own would be hit."
+    end, room = bars.high.fillna(bars.value), .13*ax.get_xlim()[1]
+    at = [techniques.index(t) - .31*(t in end.index and bars.value[t] <= v < end[t] + room) for t, v in values.items()]
+    ax.scatter(values, at, marker="D", s=46, color="white", edgecolor="black", zorder=4, label=label)
+    for (t, v), y in zip(values.items(), at):
+        left = bars.value.get(t, 0) > v
+        ax.annotate(_number(v, unit), (v, y), (-9 if left else 9, 0), textcoords="offset points", ha="right" if left else "left", va="center", fontsize="small", zorder=4, bbox=dict(boxstyle="round,pad=.15", facecolor="white", edgecolor="none"))
+
+def _two_panels(records, model, metric, label, notes=False, said=""):
+    "Published on the left, ours on the right, with what is to be said of ours."
     theirs = _theirs(model, metric)
     shown = [t for t in _ORDER if t in theirs.index]
     fig, axes = plt.subplots(1, 2, figsize=(10.5, max(3.2, .54*len(_ORDER))), gridspec_kw=dict(width_ratios=[1, 1.15]), layout="constrained")
@@ -87,10 +97,11 @@ def _two_panels(records, model, metric, label, notes=False):
     _bars(axes[0], theirs, shown, unit)
     if notes:
         n = _theirs(model, metric, "notes")
-        axes[0].scatter(n.value[shown], range(len(shown)), marker="D", s=46, color="white", edgecolor="black", zorder=3, label="the notes, same runs")
-        axes[0].legend(loc="lower right", bbox_to_anchor=(1.02, .97), fontsize="small")
+        _diamonds(axes[0], n.value[shown], theirs, shown, unit, "notes, same runs")
+        axes[0].legend(loc="lower right", bbox_to_anchor=(1.02, .97), fontsize="small", handletextpad=0)
     _bars(axes[1], _ours(records, model, metric), _ORDER, unit)
-    for ax, title in zip(axes, ("published", _recipe(records))): ax.set_xlabel(f"{label} ({unit})"); ax.set_title(title, loc="left")
+    for ax, title in zip(axes, ("published", _recipe(records))): ax.set_xlabel(f"{label} ({unit})"); ax.set_title(f"{MODEL_NAMES[model]}, {title}", loc="left")
+    if said: axes[1].set_xlabel(f"{axes[1].get_xlabel()}\n{said}")
     sns.despine(fig)
     return axes
 
@@ -98,10 +109,10 @@ def _one_panel(records, model, metric, label):
     "Ours as bars, published values as diamonds."
     unit, theirs = METRICS[metric].unit, _theirs(model, metric)
     fig, ax = plt.subplots(figsize=(7.5, max(3.4, .56*len(_ORDER))), layout="constrained")
-    _bars(ax, _ours(records, model, metric), _ORDER, unit)
-    for t in theirs.index: ax.scatter(theirs.value[t], _ORDER.index(t) - .31, marker="D", s=50, color="white", edgecolor="black", zorder=4, label="published" if t == theirs.index[0] else None)
+    _bars(ax, ours := _ours(records, model, metric), _ORDER, unit)
+    _diamonds(ax, theirs.value, ours, _ORDER, unit, "published")
     ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=1)
-    ax.set(xlabel=f"{label} ({unit})", xlim=(0, 115)); ax.set_title(_recipe(records), loc="left")
+    ax.set(xlabel=f"{label} ({unit})", xlim=(0, 115)); ax.set_title(f"{MODEL_NAMES[model]}, {_recipe(records)}", loc="left")
     sns.despine(fig)
     return ax
 
@@ -110,7 +121,7 @@ def figure_4a(
     records:pd.DataFrame, # columns of records.csv
 ) -> np.ndarray: # two axes: published, ours
     "Latency of StarCoder by technique."
-    return _two_panels(records, "starcoder", "latency_ms", "latency per sample")
+    return _two_panels(records, "starcoder", "latency_ms", "latency per sample", said=_MINUTES)
 
 # %% ../../nbs/60_report/01_figures.ipynb #fa0c3043
 def figure_4b(
@@ -124,7 +135,7 @@ def figure_5a(
     records:pd.DataFrame, # columns of records.csv
 ) -> np.ndarray: # two axes: published, ours
     "Latency of TinyLlama by technique."
-    return _two_panels(records, "tinyllama", "latency_ms", "latency per sample")
+    return _two_panels(records, "tinyllama", "latency_ms", "latency per sample", said=_MINUTES)
 
 # %% ../../nbs/60_report/01_figures.ipynb #a825478d
 def figure_5b(
@@ -172,16 +183,17 @@ def figure_funnel(
     return axes
 
 # %% ../../nbs/60_report/01_figures.ipynb #317d335e
-def _box(ax, x, y, text, w=1.7, h=.8, colour="#E8F1F8", **kw):
-    "A box centred at x, y; returns its centre and size for arrows."
-    ax.add_patch(FancyBboxPatch((x - w/2, y - h/2), w, h, boxstyle="round,pad=0.02,rounding_size=0.08", facecolor=colour, edgecolor="black", lw=.9))
-    ax.text(x, y, text, ha="center", va="center", fontsize="medium", linespacing=1.25, **kw)
+def _box(ax, x, y, text, w=1.7, h=.8, colour="#E8F1F8", faded=False):
+    "A box centred at x, y, grey and dashed if it took no part; returns its centre and size for arrows."
+    ax.add_patch(FancyBboxPatch((x - w/2, y - h/2), w, h, boxstyle="round,pad=0.02,rounding_size=0.08", facecolor="white" if faded else colour, edgecolor="0.55" if faded else "black", ls="--" if faded else "-", lw=.9))
+    ax.text(x, y, text, ha="center", va="center", fontsize="medium", linespacing=1.25, color="0.4" if faded else "black")
     return x, y, w, h
 
-def _arrow(ax, a, b, label="", style="-|>", down=False, **kw):
-    "Arrow from box a to box b, right edge to left edge, or bottom to top."
+def _arrow(ax, a, b, label="", style="-|>", down=False, faded=False, **kw):
+    "Arrow from box a to box b, right edge to left edge, or bottom to top; grey and dashed where nothing went along it."
+    if faded: kw |= dict(linestyle="--")
     start, end = ((a[0], a[1] - a[3]/2), (b[0], b[1] + b[3]/2)) if down else ((a[0] + a[2]/2, a[1]), (b[0] - b[2]/2, b[1]))
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=12, lw=1, color="black", shrinkA=2, shrinkB=2, **kw))
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=12, lw=1, color="0.55" if faded else "black", shrinkA=2, shrinkB=2, **kw))
     if label: ax.text((start[0] + end[0])/2 + (.06 if down else 0), (start[1] + end[1])/2 + (0 if down else .1), label, ha="left" if down else "center", va="center" if down else "bottom", fontsize="x-small")
 
 def _canvas(width, height, size):
@@ -199,18 +211,19 @@ def figure_1(
 ) -> plt.Axes:
     "Dataset preparation: sources, prompts, pairs."
     ax, m = _canvas(13.2, 7.4, (11, 5.6)), manifest or {}
-    rows = lambda name: f"\n{m['files'][name]['rows']:,} rows" if name in m.get("files", {}) else "\n(bases come trained)" if m else ""
-    texts = _box(ax, 11.2, 4.7, "pre-training" + rows("pretrain.jsonl"), w=3, h=1.1, colour="#FDF3DC")
+    rows = lambda name: f"\n{m['files'][name]['rows']:,} rows" if name in m.get("files", {}) else ""
+    trained = bool(m) and "pretrain.jsonl" not in m["files"]
+    texts = _box(ax, 11.2, 4.7, "pre-training" + (": not here,\nbut when the bases\nwere trained" if trained else rows("pretrain.jsonl")), w=3, h=1.3, colour="#FDF3DC", faded=trained)
     prompts = []
     for i, (key, (name, form)) in enumerate(_SOURCES.items()):
-        source = _box(ax, 1.9, 6.6 - 1.15*i, name + _counts(m.get("sources", {}).get(key)), w=3.4, h=.9)
-        prompt = _box(ax, 6.3, 6.6 - 1.15*i, form, w=3.4, h=.9)
-        _arrow(ax, source, prompt)
-        if not m or "pretrain.jsonl" in m["files"]: _arrow(ax, prompt, texts)
+        unread = bool(m) and key not in m.get("sources", {})
+        source = _box(ax, 1.9, 6.6 - 1.15*i, name + (("\nread when the bases were trained" if trained else "\nnot read") if unread else _counts(m.get("sources", {}).get(key))), w=3.4, h=.9, faded=unread)
+        prompt = _box(ax, 6.3, 6.6 - 1.15*i, form, w=3.4, h=.9, faded=unread)
+        _arrow(ax, source, prompt, faded=unread); _arrow(ax, prompt, texts, faded=unread or trained)
         prompts.append(prompt)
     make = _box(ax, 1.9, 1.5, "generated pairs:\nrequest, data,\nreference program", w=3.4, h=1.5, colour="#E5F3EC")
     guard = _box(ax, 6.3, 1.5, "names and values\nto slots; repeats and\ntest look-alikes out", w=3.4, h=1.5, colour="#E5F3EC")
-    _arrow(ax, make, guard); _arrow(ax, guard, texts)
+    _arrow(ax, make, guard); _arrow(ax, guard, texts, faded=trained)
     for y, (name, title) in zip((3.05, 1.75, .45), [("train", "fine-tuning"), ("validation", "validation"), ("test", "test, with answers")]):
         _arrow(ax, guard, box := _box(ax, 11.2, y, title + rows(f"{name}.jsonl"), w=3, h=.9, colour="#FDF3DC"))
         if name == "train" and m.get("tuned_on_sources"):
@@ -253,6 +266,7 @@ def figure_2(
     axes[1].imshow(np.where(zero, 1., np.nan)[:, None].repeat(cols, 1), aspect="auto", cmap=ListedColormap([COLOURS["pruning_masked"]]), extent=(0, cols, rows, 0), interpolation="nearest")
     axes[2].axhspan(removed.shape[0], rows, facecolor="white", hatch="//", edgecolor="0.7", lw=0)
     axes[0].set_ylabel("output (feed-forward channel)")
+    fig.supxlabel(f"{rows} x {cols} numbers out of one matrix; in the whole of it other shares of the rows may go", fontsize="small")
     fig.colorbar(image, ax=axes, label="magnitude of the weight", shrink=.7)
     return axes
 

@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ..evaluation.statistics import paired_difference, wilson
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Recipe, StudyError
-from ..records import BACKENDS, named, read_record
+from ..records import named, read_record
 from .tables import cells
 from .comparisons import noise_band, per_prompt
 from .figures import COLOURS, MARKERS, MODEL_NAMES, save_figure, set_style
@@ -33,6 +34,12 @@ def pareto(
         if p.quality > best: out.append(i); best = p.quality
     return out
 
+def _base_again(c, model, technique, backend):
+    "Are these base's own weights? llama.cpp knows no exits and rounds from base; a tied model has nothing to share."
+    if technique != "weight_sharing": return technique in ("early_exit", "quantization") and backend != "torch"
+    mine, base = (c.value.get((model, t, "parameters"), np.nan) for t in (technique, "base"))
+    return mine == base
+
 def _points(records, model, backends):
     rows = []
     for b in backends:
@@ -42,31 +49,56 @@ def _points(records, model, backends):
             x, y, turns = ((model, t, k) for k in ("ms_per_token", "accuracy_pct", "time_ratio"))
             if t != "base" and base is not None and turns in c.index: # taken in turns with base: the same minute for both
                 c.loc[x, ["value", "low", "high"]] = base*c.loc[turns, ["value", "low", "high"]].astype(float)
-            if x in c.index and y in c.index: rows.append(dict(technique=t, backend=b, time=c.value[x], quality=c.value[y], **{f"{k}_{e}": c[e][key] for k, key in (("time", x), ("quality", y)) for e in ("low", "high")}))
+            if x in c.index and y in c.index and t != "names" and not _base_again(c, model, t, b): rows.append(dict(technique=t, backend=b, time=c.value[x], quality=c.value[y], **{f"{k}_{e}": c[e][key] for k, key in (("time", x), ("quality", y)) for e in ("low", "high")}))
     return pd.DataFrame(rows, columns=["technique", "backend", "time", "quality", "time_low", "time_high", "quality_low", "quality_high"])
 
-_FILL = {"torch": "full", "llama.cpp-f16": "none", "llama.cpp": "left", "llama.cpp-q4_0": "full"}
+# %% ../../nbs/60_report/01b_own_figures.ipynb #46a1d547
+_WIDTHS = {"torch": ("PyTorch", "full"), "llama.cpp-f16": ("llama.cpp, 16 bits", "none"), "llama.cpp": ("llama.cpp, 8 bits", "left"), "llama.cpp-q4_0": ("llama.cpp, 4 bits", "full")} # backend: name, filling
+
+def _log_time(ax):
+    "A logarithmic axis of times with plain numbers, over a factor of two at least."
+    if ax.get_xscale() != "log": ax.set_xscale("log") # which takes the ticks of all that share it
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, (low*high)**.5/1.45), max(high, (low*high)**.5*1.45))
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.4, 2, 3, 4, 5, 7) if high < 20*low else (1, 3))); ax.xaxis.set_minor_locator(NullLocator()); ax.xaxis.set_major_formatter("{x:g}")
+
+def _below(ax, rows):
+    "An arrow for what lies below the axis, with its number."
+    at, low, high = ax.get_xaxis_transform(), rows.quality.min(), rows.quality.max()
+    t, x = rows.technique.iloc[0], rows.time.mean()
+    ax.plot(x, .12, MARKERS[t], color=COLOURS[t], markeredgecolor="black", markersize=9, transform=at)
+    ax.annotate("", (x, .01), (x, .1), xycoords=at, arrowprops=dict(arrowstyle="-|>", color="black", lw=1))
+    ax.annotate(f"{low:.0f} %" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f} %", (x, .07), (8, 0), xycoords=at, textcoords="offset points", va="center", fontsize="small")
 
 def figure_quality_vs_time(
     records:pd.DataFrame, # columns of records.csv
 ) -> np.ndarray: # [models, 2] axes: torch, llama.cpp
     "Accuracy against time per token on both runtimes, with 95 % intervals and the front; a variant stands at base's time times its ratio to base."
-    fig, axes = plt.subplots(len(MODELS), 2, figsize=(11, 7), sharey=True, layout="constrained")
-    for (i, j), ax in np.ndenumerate(axes):
-        points = _points(records, MODELS[i], [b for b in BACKENDS if (b == "torch") == (j == 0)])
-        for p in points.itertuples():
-            err = lambda k: None if pd.isna(getattr(p, f"{k}_low")) else [[getattr(p, k) - getattr(p, f"{k}_low")], [getattr(p, f"{k}_high") - getattr(p, k)]]
-            ax.errorbar(p.time, p.quality, xerr=err("time"), yerr=err("quality"), fmt="none", ecolor="0.6", lw=.8, zorder=1)
-            ax.plot(p.time, p.quality, MARKERS[p.technique], fillstyle=_FILL[p.backend], color=COLOURS[p.technique], markerfacecoloralt="white", markeredgecolor="black", markersize=9, zorder=3)
-        front = points.loc[pareto(points)]
-        ax.plot(front.time, front.quality, color="black", lw=1.2, ls="--", zorder=2)
-        if not len(points): ax.text(.5, .5, "missing", transform=ax.transAxes, ha="center", style="italic", color="0.35")
-        ax.set_title(f"{MODEL_NAMES[MODELS[i]]}, {('PyTorch', 'llama.cpp')[j]}", loc="left"); ax.grid(alpha=.3); ax.margins(.1)
-        if i == len(MODELS) - 1: ax.set_xlabel("time per token (ms), equal work")
-        if j == 0: ax.set_ylabel("right answers (%)")
-    marks = [Line2D([], [], marker=MARKERS[t], color=COLOURS[t], markeredgecolor="black", markersize=8, lw=0, label=TECHNIQUE_NAMES[t]) for t in TECHNIQUES]
-    fills = [Line2D([], [], marker="o", fillstyle=_FILL[b], color="0.4", markerfacecoloralt="white", markeredgecolor="black", markersize=8, lw=0, label=n) for b, n in (("llama.cpp-f16", "16 bits"), ("llama.cpp", "8 bits"), ("llama.cpp-q4_0", "4 bits"))]
-    fig.legend(handles=[*marks, *fills, Line2D([], [], color="black", ls="--", label="front")], loc="outside right center")
+    fig, axes = plt.subplots(len(MODELS), 2, figsize=(11, 7), sharey="row", layout="constrained")
+    sides, seen = [[b for b in _WIDTHS if (b == "torch") == here] for here in (True, False)], set()
+    for model, pair in zip(MODELS, axes):
+        both = [_points(records, model, side) for side in sides]
+        rest = pd.concat(both).query("technique != 'pruning_masked'")
+        floor = rest.quality_low.fillna(rest.quality).min() - 5 if len(rest) else 0 # masked rows would press all others to the top
+        for j, (ax, points) in enumerate(zip(pair, both)):
+            shown = points[points.quality >= floor]
+            for p in shown.itertuples():
+                err = lambda k: None if pd.isna(getattr(p, f"{k}_low")) else [[getattr(p, k) - getattr(p, f"{k}_low")], [getattr(p, f"{k}_high") - getattr(p, k)]]
+                ax.errorbar(p.time, p.quality, xerr=err("time"), yerr=err("quality"), fmt="none", ecolor="0.6", lw=.8, zorder=1)
+                ax.plot(p.time, p.quality, MARKERS[p.technique], fillstyle=_WIDTHS[p.backend][1], color=COLOURS[p.technique], markerfacecoloralt="white", markeredgecolor="black", markersize=9, zorder=3)
+            front = shown.loc[pareto(shown)]
+            ax.plot(front.time, front.quality, color="black", lw=1.2, ls="--", zorder=2)
+            if not len(points): ax.text(.5, .5, "missing", transform=ax.transAxes, ha="center", style="italic", color="0.35")
+            ax.set_title(f"{MODEL_NAMES[model]}, {('PyTorch', 'llama.cpp')[j]}", loc="left"); ax.grid(alpha=.3); ax.margins(.1)
+            if len(shown): _log_time(ax)
+            if len(shown) < len(points): _below(ax, points.drop(shown.index))
+            seen |= set(points.technique)
+        pair[0].set_ylim(bottom=floor) # once both are drawn: they share it
+    for ax, said in zip(axes[-1], ("", "\n(in turns with base of as many bits;\nother bits minutes apart)")): ax.set_xlabel(f"time per token (ms), equal work{said}")
+    for ax in axes[:,0]: ax.set_ylabel("right answers (%)")
+    marks = [Line2D([], [], marker=MARKERS[t], color=COLOURS[t], markeredgecolor="black", markersize=8, lw=0, label=TECHNIQUE_NAMES[t]) for t in TECHNIQUES if t in seen]
+    fills = [Line2D([], [], marker="o", fillstyle=fill, color="0.4", markerfacecoloralt="white", markeredgecolor="black", markersize=8, lw=0, label=name) for b, (name, fill) in _WIDTHS.items() if b in sides[1]]
+    fig.legend(handles=[*marks, *fills, Line2D([], [], color="black", ls="--", label="best seen")], loc="outside right center")
     return axes
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #455aec7b
@@ -74,8 +106,9 @@ def figure_noise(
     records:pd.DataFrame, # columns of records.csv
 ) -> np.ndarray: # [models, backends] axes
     "Ratio of each variant's time per token to base's, and how far base is from base."
-    shown, backends = [t for t in TECHNIQUES if t != "base"], list(BACKENDS)
-    fig, axes = plt.subplots(len(MODELS), len(backends), figsize=(13, .32*len(MODELS)*len(shown) + 1.6), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    shown, backends = [t for t in TECHNIQUES if t != "base"], list(_WIDTHS)
+    fig, axes = plt.subplots(len(MODELS), len(backends), figsize=(13, .32*len(MODELS)*len(shown) + 1.6), sharex="col", sharey=True, squeeze=False, layout="constrained")
+    for ax in axes[0,2:]: ax.sharex(axes[0,1])
     for (i, j), ax in np.ndenumerate(axes):
         c, band = cells(records, backends[j]), noise_band(records, backends[j])
         if band: ax.axvspan(*band, color="0.82", zorder=0)
@@ -86,8 +119,9 @@ def figure_noise(
             r = c.loc[key]
             ax.errorbar(r.value, k, xerr=[[r.value - r.low], [r.high - r.value]] if pd.notna(r.low) else None, fmt=MARKERS[t], color=COLOURS[t], markeredgecolor="black", ecolor="black", capsize=2, lw=1, zorder=3)
         ax.set(yticks=range(len(shown)), yticklabels=[TECHNIQUE_NAMES[t] for t in shown], ylim=(len(shown) - .5, -.5)); ax.grid(axis="x", alpha=.3)
-        if i == 0: ax.set_title(backends[j] + ("\nno noise measured" if band is None else f"\nbase against base: {band[0]:.2f} to {band[1]:.2f}"), fontsize="small")
+        if i == 0: ax.set_title(_WIDTHS[backends[j]][0] + ("\nno noise measured" if band is None else f"\nbase against base: {band[0]:.2f} to {band[1]:.2f}"), fontsize="small")
         if j == 0: ax.set_ylabel(MODEL_NAMES[MODELS[i]])
+    for ax in axes.flat: _log_time(ax)
     fig.supxlabel("time per token, variant over base (1 = base)", fontsize="medium")
     return axes
 
@@ -110,9 +144,10 @@ def figure_memory(
                 v = c[(MODELS[i], t, part)]
                 ax.barh(y, v, left=left, color=colour, hatch=hatch, edgecolor="black", lw=.6, height=.66); left += v
             ax.text(left, y, f" {left:.1f}", va="center", fontsize="small")
-        said = f", beyond {min(libraries):,.0f} to {max(libraries):,.0f} MiB of libraries" if libraries else ""
+        sizes = dict.fromkeys(f"{f(libraries):,.0f}" for f in (min, max)) if libraries else ()
+        said = f", beyond {' to '.join(sizes)} MiB of libraries" if libraries else ""
         ax.set(yticks=range(len(TECHNIQUES)), yticklabels=[TECHNIQUE_NAMES[t] for t in TECHNIQUES], ylim=(len(TECHNIQUES) - .5, -.5)); ax.margins(x=.12)
-        ax.set_title(f"{MODEL_NAMES[MODELS[i]]}, {backend}{said}", loc="left", fontsize="small")
+        ax.set_title(f"{MODEL_NAMES[MODELS[i]]}, {_WIDTHS[backend][0]}{said}", loc="left", fontsize="small")
         if i == len(MODELS) - 1: ax.set_xlabel("resident memory (MiB)")
     fig.legend(handles=[Patch(facecolor=c, hatch=h, edgecolor="black", label=n) for n, c, h in _PARTS.values()], loc="outside upper right", ncols=3)
     return axes
@@ -130,10 +165,10 @@ def figure_repairs(
         part = df[df.model == model].groupby(["repair", "technique"])[["programs", "correct"]].sum().reindex(pd.MultiIndex.from_product([kinds, shown]), fill_value=0)
         grid = part.programs.to_numpy(float).reshape(len(kinds), len(shown))
         if not grid.size: ax.axis("off"); ax.text(.5, .5, "no repairs", ha="center", style="italic", color="0.35", transform=ax.transAxes); continue
-        ax.imshow(grid, cmap="Greys", vmin=0, vmax=max(1, 1.6*df.programs.max()), aspect="auto")
+        ax.imshow(grid, cmap="Greys", vmin=0, vmax=(top := max(1, 1.6*df.programs.max())), aspect="auto")
         for (y, x), n in np.ndenumerate(grid):
-            if n: ax.text(x, y, f"{n:.0f} ({part.correct.iloc[y*len(shown) + x]})", ha="center", va="center", fontsize="small")
-        ax.set(xticks=range(len(shown)), yticks=range(len(kinds)), yticklabels=[k.replace("_", " ") for k in kinds]); ax.set_title(MODEL_NAMES[model], loc="left")
+            if n: ax.text(x, y, f"{n:.0f} ({part.correct.iloc[y*len(shown) + x]})", ha="center", va="center", fontsize="small", color="white" if n > .4*top else "black")
+        ax.set(xticks=range(len(shown)), yticks=range(len(kinds)), yticklabels=[k.replace("_", " ") for k in kinds]); ax.set_title(f"{MODEL_NAMES[model]}: programs repaired (right in the end)", loc="left")
         ax.set_xticklabels([TECHNIQUE_NAMES[t] for t in shown], rotation=35, ha="right")
     return axes
 
@@ -149,12 +184,13 @@ def figure_tau(
         r = rows[rows.model == m]
         r = r[r.seed == r.seed.min()].sort_values("tau") if "seed" in r else r.sort_values("tau") # of several seeds the first
         x = -np.log10(1 - r.tau.clip(upper=1 - 1e-6))
-        for col, style, label in (("tokens_agree_pct", "-o", "tokens as the full model"), ("exits_agree_pct", "--s", "exits as the full model"), ("layers_run_pct", ":^", "layers run")):
+        for col, style, label in (("tokens_agree_pct", "-o", "tokens as the full model"), ("exits_agree_pct", "--s", "exits as the full model"), ("layers_run_pct", ":^", "layers run in the token's own step")):
             a.plot(x, r[col], style, color="black", markersize=4, markevery=3, label=label)
         for col, style in (("right_pct", "-D"), ("right_pct_other", "--d")):
             if col not in r or not (free := r[col].notna()).any(): continue
             recomputed = "skipped" not in r or (r.skipped.iloc[0] == "recompute") == (col == "right_pct")
-            a.plot(x[free], r[col][free], style, color="#D55E00" if recomputed else "#0072B2", markeredgecolor="black", label=f"right programs, skipped keys {'recomputed' if recomputed else 'propagated'}")
+            a.plot(x[free], r[col][free], style, color="#D55E00" if recomputed else "#0072B2", markeredgecolor="black", label=f"exact programs (validation), skipped keys {'recomputed' if recomputed else 'propagated'}")
+        if {"lost_pct", "won_pct"} <= set(r) and len(full := (r.right_pct + r.lost_pct - r.won_pct).dropna()): a.axhline(full.mean(), color="0.45", ls="-.", lw=1.2, label="exact programs at full depth")
         depth = [c for c in r.columns if c.startswith("exit_")] + ["full_pct"]
         depth = [c for c in depth if r[c].notna().any()]
         shades = plt.get_cmap("cividis")(np.linspace(.15, .95, len(depth)))
@@ -164,7 +200,9 @@ def figure_tau(
             ticks = [.5, .9, .99, .999, .9999]
             ax.set(xticks=[-np.log10(1 - t) for t in ticks], xticklabels=ticks, xlabel=r"threshold $\tau$", ylim=(0, 102)); ax.grid(alpha=.3)
         a.set(ylabel="%"); a.set_title(MODEL_NAMES[m], loc="left"); b.set(ylabel="share of tokens (%)"); b.set_title("where tokens leave", loc="left")
-        a.legend(loc="lower right", fontsize="small"); b.legend(loc="center left", bbox_to_anchor=(1, .5), fontsize="small")
+        b.legend(loc="center left", bbox_to_anchor=(1, .5), fontsize="small")
+    lines = {label: line for a in axes[:,0] for line, label in zip(*a.get_legend_handles_labels())}
+    fig.legend(lines.values(), lines, loc="outside lower left", ncols=2, fontsize="small")
     return axes
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #bf372e4d
@@ -252,7 +290,7 @@ def table_chance(
     for r in rows[(rows.kind == "channels") & rows.chance.notna()].itertuples():
         luck = loss[r.model, r.amount, r.stage]
         out.append({"Model": MODEL_NAMES[r.model], "Chosen by": r.criterion, "Channels removed (%)": f"{100*r.amount:.1f}", "Stage": r.stage, "Right (%)": f"{r.accuracy:.1f}", "At random (%)": f"{r.accuracy - r.chance:.1f}",
-                    "More right (points)": f"{r.chance:+.1f} [{r.chance_low:+.1f}, {r.chance_high:+.1f}]", "Loss": f"{r.loss:.3f}", "Loss at random": f"{luck:.3f}", "Better in": ", ".join(k for k, better in (("right answers", r.chance > 0), ("loss", r.loss < luck)) if better) or "neither"})
+                    "More right (points)": f"{r.chance:+.1f} [{r.chance_low:+.1f}, {r.chance_high:+.1f}]", "Loss": f"{r.loss:.3f}", "Loss at random": f"{luck:.3f}", "Better in": ", ".join(k for k, better in (("right answers", r.chance_low > 0), ("loss", r.loss < luck)) if better) or "neither"})
     return pd.DataFrame(out)
 
 def table_order(
@@ -262,7 +300,7 @@ def table_order(
     return pd.DataFrame([{"Model": MODEL_NAMES[r.model], "Order": r.criterion, "Channels removed (%)": f"{100*r.amount:.0f}", "Tokens in all": f"{r.tokens:,}", "Right (%)": _rate(r), "Ran (%)": f"{r.exec_pct:.1f}",
                           "Loss": f"{r.loss:.3f}", "Against tune (points)": "–" if r.criterion == "tune" else _signed(r)} for r in rows[rows.kind == "order"].itertuples()])
 
-SWEEP_CAPTIONS = dict(table_chance="Channels chosen by a criterion against as many drawn at random: right answers on the same prompts (95 % intervals of the paired difference), and the loss on validation programs (nats per token).",
+SWEEP_CAPTIONS = dict(table_chance="Channels chosen by a criterion against as many drawn at random: right answers on the same prompts (95 % intervals of the paired difference), and the loss on validation programs (nats per token). Better in right answers is what has its whole interval above 0; the loss has none. The cut at random is one draw per seed of the study.",
                       table_sweep="What each cut leaves of the tuned model: as it was cut, with the last matrices fitted by least squares, and healed from there with equally many tokens; the row `nothing` is the control for the extra training. 95 % intervals; differences on the same prompts.",
                       table_order="Prune first or tune first, with equally many tokens in all; `tune` removes nothing.")
 
