@@ -185,7 +185,7 @@ class WeightSharing(_Part):
 class EarlyExit(_Part):
     "Stop at a layer whose confidence passes tau."
     exits: Annotated[tuple[Positive, ...], AfterValidator(_rising)] = (4, 6) # after this many blocks
-    skipped: Literal["recompute", "propagate"] = "recompute" # keys and values of skipped blocks: made up when a later token goes deeper, or at once from the exit's state
+    skipped: Literal["propagate", "recompute"] = "propagate" # keys and values of skipped blocks: made at once from the exit's state, or run when a later token goes deeper
     tau: Annotated[float, Field(gt=0, le=1)] | None = None # None: calibrated on validation data
     loss_pct: Annotated[float, Field(ge=0, lt=100)] = 1.0 # of validation programs, right at full depth and not with exits (less those won), when calibrated
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.99 # of exits with the full model, at the least, when calibrated

@@ -4,8 +4,9 @@ import gguf, pytest, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from slm_study.compression.audit import audit, compare
-from slm_study.compression.early_exit import SKIPPED, ExitHeads, decode, decode_uncached, load_exits, save_exits
-from slm_study.compression.exit_training import calibrate_tau, train_exits
+from slm_study.compression.early_exit import SKIPPED, ExitHeads, decode, decode_uncached, load_exits, normed, own_fill, save_exits
+from slm_study.compression.exit_training import calibrate_tau, fit_fills, train_exits
+from slm_study.compression.decoding import runner
 from slm_study.compression.healing import healed
 from slm_study.compression.lossless import decode_lossless
 from slm_study.compression.pruning import ffn_scores, kept_channels, kept_width, mask_ffn, prune_ffn, prune_layers, prune_masked, prune_query_heads, query_head_scores, random_scores, row_masks
@@ -132,7 +133,7 @@ def test_cached_exits_equal_uncached(model, tied, skipped):
     for seed in range(3):
         m, (ids, mask) = make(model, tied, seed), padded(seed)
         heads = ExitHeads.of(m, [1, 2, 3], skipped)
-        for i in range(3): heads.maps[i].data += .1*torch.randn(64, 64)
+        for p in heads.parameters(): p.data += .1*torch.randn_like(p) # fills that no block's own weights could stand for
         taus = [chance.choice([.05, .1, .2, .4, .8, .99]) for _ in range(25)]
         got = decode(m, ids, mask, 25, exits=heads, tau=taus)
         for r in range(4):
@@ -153,17 +154,36 @@ def test_a_row_does_not_feel_its_batch():
         alone = decode(m, ids[r:r+1,mask[r].bool()], None, 40, eos_token_id=ends, exits=heads, tau=.3)
         assert (alone.tokens[0], alone.layers_run[0], alone.stop_reasons[0]) == (got.tokens[r], got.layers_run[r], got.stop_reasons[r])
 
-@pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
-def test_cache_follows_changed_weights(model):
-    "Folded key and value weights must not outlive the weights they were made from."
-    m = make(model)
-    heads, (ids, _) = ExitHeads.of(m, [1], "propagate"), padded(0)
-    before = decode(m, ids[:1], None, 20, exits=heads, tau=.05)
+@pytest.mark.parametrize("model,tied", KINDS)
+def test_fills_follow_the_blocks(model, tied):
+    "An exit whose skipped blocks add nothing is propagated exactly; where they do add, fitted fills come closer than the blocks' own weights, on other tokens too."
+    m = make(model, tied)
+    heads, (ids, _) = ExitHeads.of(m, [2]), padded(0)
     with torch.no_grad():
-        for b in blocks(m):
-            for p in b.parameters(): p.mul_(.7)
-    after = decode(m, ids[:1], None, 20, exits=heads, tau=.05)
-    assert after.tokens == decode(m, ids[:1], None, 20, exits=ExitHeads.of(m, [1], "propagate"), tau=.05).tokens != before.tokens
+        for b in blocks(m)[2:]: # pass on what they get
+            for p in (b.self_attn.o_proj, b.mlp.down_proj) if model == "tinyllama" else (b.attn.c_proj, b.mlp.c_proj):
+                p.weight.zero_()
+                if p.bias is not None: p.bias.zero_()
+    taus = [(1e-6, 1.)[t % 2] for t in range(20)]
+    assert decode(m, ids[:1], None, 20, exits=heads, tau=taus).tokens == decode(m, ids[:1], None, 20).tokens
+    m = make(model, tied)
+    heads, batch = ExitHeads.of(m, [1, 2]), lambda seed: dict(input_ids=torch.randint(2, 80, (64, 30), generator=torch.Generator().manual_seed(seed)))
+    own = ExitHeads.of(m, [1, 2])
+    rows = [b | dict(labels=b["input_ids"]) for b in map(batch, range(4))]
+    table = fit_fills(m, heads, rows)
+    assert (table.fitted_unexplained_pct < table.own_unexplained_pct).all() and table.tokens.tolist() == [4*64*30]*2
+    with torch.no_grad():
+        states = m.base_model(**batch(9), output_hidden_states=True).hidden_states
+        run, x = runner(m), normed(runner(m), states[1])
+        weight, bias = own_fill(run, 2) # of block 2, from its true input
+        true = torch.nn.functional.linear(normed(run, states[2]), weight[:heads.kv], bias[:heads.kv])
+        error = lambda h: (h.fill(x, 1)[...,1,:] - true).square().mean().item()
+        assert error(heads) < .9*error(own)
+
+def test_heads_without_fills_do_not_propagate():
+    m = make("tinyllama")
+    with pytest.raises(StudyError, match="fills made for 0 numbers"): decode(m, padded(0)[0], None, 4, exits=ExitHeads([2], 64, 4), tau=.5)
+    with pytest.raises(StudyError, match="no batch has a label"): fit_fills(m, ExitHeads.of(m, [2]), [dict(input_ids=padded(0)[0], labels=torch.full_like(padded(0)[0], -100))])
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
@@ -187,7 +207,7 @@ def test_recomputed_is_full_depth_but_for_the_exits(model, tied, monkeypatch):
         written.append(1)
         return logits.argmax(-1)
     monkeypatch.setattr(early_exit, "confidence", told); monkeypatch.setattr(early_exit, "choose", choose)
-    early = decode(m, ids[:1], None, 30, exits=ExitHeads.of(m, [1, 3]), tau=.5)
+    early = decode(m, ids[:1], None, 30, exits=ExitHeads.of(m, [1, 3], "recompute"), tau=.5)
     layers = early.layers_run[0]
     assert early.tokens == full.tokens and set(layers) == {1, 4} and layers.count(1) == 10
     assert early.late_blocks == (sum(3 for i, d in enumerate(layers) if d == 1 and 4 in layers[i+1:]),)
@@ -203,7 +223,9 @@ def test_exits_on_disk(tmp_path):
     again, tau = load_exits(tmp_path/"e")
     assert tau == .5 and torch.equal(again.maps[0], heads.maps[0]) and json.loads((tmp_path/"e"/"exit_config.json").read_text())["agreement"] == .99
     assert plain == "unchanged" and compare(tmp_path/"c", tmp_path/"e")["verdict"].startswith("unchanged; exit heads add")
-    assert audit(tmp_path/"e")["exit_parameters"] == 64*64
+    assert audit(tmp_path/"e")["exit_parameters"] == 64*64 + (4 - 2)*heads.kv*(64 + 1)
+    heads.skipped = "recompute"; save_exits(tmp_path/"e", heads, .5)
+    assert audit(tmp_path/"e")["exit_parameters"] == 64*64 and load_exits(tmp_path/"e")[0].kv == 0 # what is not used is not kept
     AutoModelForCausalLM.from_pretrained(tmp_path/"e") # still a plain checkpoint
 
 @pytest.mark.parametrize("broken", (b"", b"{", b"[]", b'{"exits": [9], "hidden": 64, "layers": 4, "tau": 0.5}'))

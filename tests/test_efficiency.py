@@ -156,11 +156,12 @@ def test_what_early_exit_promises_is_what_it_reads(tmp_path, model):
     folder = save(tmp_path/"m", model)
     net, layers = load_checkpoint(folder)[0], len(blocks(load_checkpoint(folder)[0]))
     for tau, depth in ((1e-9, 1), (1., layers)): # every token leaves at once, or none does
-        save_exits(folder, ExitHeads.of(net, [1]), tau)
+        save_exits(folder, exits := ExitHeads.of(net, [1]), tau)
         arm = TorchArm(dict(backend="torch", path=str(folder), prompts=[[5, 6, 7]], eos=None, early_exit=True, **{k: v for k, v in SETTINGS.items() if k != "repeats"}))
         block, head = (sum(m.out_features*m.in_features for m in part.modules() if isinstance(m, torch.nn.Linear)) for part in (blocks(net)[0], lm_head(net)))
         full, ask = layers*block + head, net.config.hidden_size**2 + head
-        promised = 100*(block + ask)/full if depth == 1 else 100
+        fills = (layers - 1)*exits.kv*exits.hidden # keys and values of the skipped blocks
+        promised = 100*(block + ask + fills)/full if depth == 1 else 100
         assert abs(work(arm, "fixed")["read_pct"] - promised) < 1e-9
         free = work(arm, "free")
         assert free["layers_pct"] <= free["computed_pct"] <= 100 and (free["layers_pct"] == 100) == (depth == layers)

@@ -233,6 +233,8 @@ def check_exits(
     "`StudyError` where heads and model, or heads and tau, do not go together."
     if exits is not None and (exits.layers, exits.hidden) != (run.layers, run.hidden):
         raise StudyError(f"exits: made for {exits.layers} layers of width {exits.hidden}, the model has {run.layers} of {run.hidden}; train them for this model")
+    if exits is not None and exits.skipped == "propagate" and exits.kv != (kv := 2*run.kv_heads*run.head_dim):
+        raise StudyError(f"exits: fills made for {exits.kv} numbers that a block keeps of a token, the model keeps {kv}; start from ExitHeads.of(model, [layers])")
     for t in [] if tau is None else tau if isinstance(tau, (list, tuple)) else [tau]:
         if not 0 < t <= 1: raise StudyError(f"tau: {t} is not in (0, 1]; 1 never exits")
     if isinstance(tau, (list, tuple)) and len(tau) < new: raise StudyError(f"tau: {len(tau)} thresholds for {new} new tokens; give one per token, or a single number")

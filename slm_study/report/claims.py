@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'TINYLLAMA', 'STARCODER', 'Claim', 'llama_parameters', 'bigcode_parameters', 'fp32_mib', 'noise_floor',
            'denominators', 'cell_claims', 'table_claims', 'tinyllama_claims', 'record_claims', 'ledger', 'write_claims',
-           'write_report']
+           'write_report', 'write_contents']
 
 # %% ../../nbs/60_report/02_claims.ipynb #b2b1f223
 from dataclasses import asdict, dataclass
@@ -18,6 +18,7 @@ from ..records import METRICS, atomic_write
 from ..evaluation.statistics import minimum_detectable_effect, two_proportions
 from .tables import APART, MISSING, PUBLISHED, PUBLISHED_COLUMNS, PUBLISHED_TECHNIQUES, cells, show, to_markdown, write_table, write_tables
 from .comparisons import SAME_FILE, noise_band, paired, same_as_base, smallest_effect, time_verdict, table_aa, table_base_again, table_device, table_splits, table_vs_base
+from . import figures, own_figures
 from .own_figures import write_own_figures
 from .figures import MODEL_NAMES, write_figures
 
@@ -330,3 +331,16 @@ def write_report(
             (table_splits(records), "table_splits", "Right answers by what a prompt has in common with the training: all (iid), or all but its words, combination, names, log format.")]
     return [*write_tables(records, out, note), *(p for df, name, caption in ours for p in write_table(df, Path(out)/name, f"{caption} {note}".strip())),
             *write_figures(records, out, manifest, pruned_example), *write_own_figures(records, out, outcomes.get("repairs"), *(curves.get(k) for k in ("tau", "sweep"))), *write_claims(records, out, rows)]
+
+# %% ../../nbs/60_report/02_claims.ipynb #0d70b4f6
+def write_contents(
+    written:list[Path], # figures (png) and tables (md), in one folder
+    title:str           # such as the recipe's name
+) -> Path:              # README.md in that folder
+    "Every figure as a picture with what it shows, every table with its caption."
+    says = {**vars(figures), **vars(own_figures)}
+    pictures = [f"## {p.stem}\n\n{says[p.stem].__doc__}\n\n![{p.stem}]({p.name})\n" for p in written if p.suffix == ".png"]
+    tables = [f"- [{p.stem}]({p.name}) ([csv]({p.stem}.csv), [LaTeX]({p.stem}.tex)): {p.read_text(encoding='utf-8').rstrip().splitlines()[-1]}" for p in written if p.suffix == ".md" and p.stem.startswith("table_")]
+    out = written[0].parent/"README.md"
+    with atomic_write(out) as f: f.write("\n".join([f"# {title}", "", "Made by code from the records in this folder. What became of every published number stands in [claims](claims.md).", "", "## Tables", "", *tables, "", *pictures]))
+    return out
