@@ -1,5 +1,6 @@
 "The whole study on the smoke recipe, as a user runs it: once to its end, killed and resumed, and with everything that can be wrong."
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -168,9 +169,13 @@ def test_results_are_of_this_recipe_alone(study, tmp_path):
     copy, given = tmp_path/"out", yaml.safe_load((ROOT/"recipes"/"smoke.yaml").read_text())
     shutil.copytree(study[0], copy, ignore=shutil.ignore_patterns(".snakemake", ".lock", "*.safetensors", "*.gguf"))
     assert {"sweep.csv", "table_sweep.md", "curve_tau.csv", "figure_tau.png"} <= {p.name for p in (copy/"figures").iterdir()}
+    def linked(): return set(re.findall(r"\]\(([\w.]+)\)", (copy/"figures"/"README.md").read_text()))
+    def made(): return {p.name for p in (copy/"figures").iterdir() if p.name.startswith(("table_", "figure_")) and p.suffix != ".svg"}
+    assert made() | {"claims.md"} == linked()
     (tmp_path/"smoke.yaml").write_text(yaml.safe_dump({**given, "techniques": ["base", "pruning"], "sweep": {**given["sweep"], "run": False}}))
     done = subprocess.run([BIN/"papermill", ROOT/"nbs"/"studies"/"4_results.ipynb", tmp_path/"out.ipynb", "-p", "recipe", tmp_path/"smoke.yaml", "-p", "out", copy, "--log-output"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "left out, since the recipe does not name them: starcoder/seed0/combined" in done.stdout+done.stderr
     assert set(read_csv(copy/"figures"/"records.csv").technique) == {"base", "pruning"}
     assert not {"sweep.csv", "table_sweep.md", "curve_tau.csv", "figure_tau.png"} & {p.name for p in (copy/"figures").iterdir()}
+    assert made() | {"claims.md"} == linked()

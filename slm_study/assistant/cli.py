@@ -79,7 +79,7 @@ def run_study(
 # %% ../../nbs/70_assistant/02_cli.ipynb #a5c0de02
 def _add_ask(commands):
     a = commands.add_parser("ask", help="ask a question about a log or a table", description="The models of a study write programs that answer, which run in the sandbox on a copy of the data; the answer that most of them give is printed. Without a finished study the models that come with the project answer. What a log says needs no quotes; what stands in quotes is taken letter for letter, capitals too. With --data alone: what the file's fields are.",
-                            epilog="examples:  slm-study ask 'top 5 addresses' --data auth.log    |    slm-study ask 'mean latency per host' --data requests.csv --show-code    |    slm-study ask --data auth.log")
+                            epilog="examples:  slm-study ask 'top 5 addresses with counts' --data auth.log    |    slm-study ask 'mean latency per host' --data requests.csv --show-code    |    slm-study ask --data auth.log")
     a.add_argument("request", metavar="REQUEST", nargs="?", default="", help="what you want to know, in English; without it, what the fields of the data are")
     a.add_argument("--data", action="append", default=[], metavar="FILE", help="a log, CSV or JSON-lines file, perhaps .gz; may be repeated for questions about several logs")
     a.add_argument("--show-code", action="store_true", help="print the program before its answer")
@@ -102,7 +102,8 @@ def show(
     for d in data:
         print(f"{d.name}: {dict(csv='a table', jsonl='a table of JSON lines', log='a log of no known format').get(d.format, f'a log of the format {d.format}')}, {len(d.text.splitlines())} lines")
         columns = [c for c in d.columns if c.kind != "file"]
-        for c in columns: print(f"  {c.name:{max(len(c.name) for c in columns)}}  {c.kind:8}  {', '.join(map(str, c.values[:5])) if c.kind == 'category' else ''}".rstrip())
+        width = max((len(c.name) for c in columns), default=0)
+        for c in columns: print(f"  {c.name:{width}}  {c.kind:8}  {', '.join(map(str, c.values[:5])) if c.kind == 'category' else ''}".rstrip())
     return 0
 
 def tell(
@@ -158,7 +159,7 @@ def export_variant(
 def parser() -> argparse.ArgumentParser:
     "All commands and their help."
     p = argparse.ArgumentParser("slm-study", description="Small language models that write Python to analyse logs, and what compression really does to them.",
-                                epilog="examples:  slm-study ask 'top 5 addresses' --data auth.log    |    slm-study run --recipe smoke    |    slm-study COMMAND --help")
+                                epilog="examples:  slm-study ask 'top 5 addresses with counts' --data auth.log    |    slm-study run --recipe smoke    |    slm-study COMMAND --help")
     p.add_argument("--version", action="version", version=f"slm-study {version('slm_study')}")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     r = commands.add_parser("run", help="run a study, or go on with one", description="Run a study from data to tables and figures (pocket: some two hours on two cores; smoke: ten minutes); what is done already is not done again. Tables and figures alone are drawn anew from committed records by `papermill nbs/studies/4_results.ipynb out.ipynb -p recipe pocket`, within a minute.",
