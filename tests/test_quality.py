@@ -34,7 +34,8 @@ def test_references_are_right_and_empty_texts_are_not(box):
 def test_one_denominator(box):
     texts = [Text(t.program if i % 2 else "print(", stop_reason="eos" if i % 4 else "length") for i, t in enumerate(TASKS)]
     got = {m.metric: m for m in quality_metrics(evaluate(box, texts))}
-    assert {m.n for m in got.values()} == {len(TASKS)} and set(got) <= set(METRICS)
+    parts = [got.pop(f"accuracy_{k}_families_pct").n for k in ("known", "new")]
+    assert {m.n for m in got.values()} == {sum(parts)} == {len(TASKS)} and min(parts) > 0 and set(got) <= set(METRICS)
     assert got["accuracy_pct"].value <= got["exec_pct"].value <= got["valid_pct"].value
     assert got["valid_raw_pct"].value == 50 and got["syntax_errors"].value == len(TASKS)/2 and got["inference_success_pct"].value == 75
     assert all(m.low <= m.value <= m.high for m in got.values())
