@@ -26,6 +26,7 @@ class Runner:
         self.layers, self.hidden, self.positions = len(self.blocks), c.hidden_size, c.max_position_embeddings
         self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
         self.head_dim = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
+        self.kv = 2*self.kv_heads*self.head_dim # numbers that a block keeps of a token
         self.device, self.dtype = self.embedding.weight.device, norm.weight.dtype
         self.eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None)) # every norm of the model has the same
         self.final, self.parts = self._norm_of(norm), [self._parts_of(b) for b in self.blocks]
@@ -233,8 +234,8 @@ def check_exits(
     "`StudyError` where heads and model, or heads and tau, do not go together."
     if exits is not None and (exits.layers, exits.hidden) != (run.layers, run.hidden):
         raise StudyError(f"exits: made for {exits.layers} layers of width {exits.hidden}, the model has {run.layers} of {run.hidden}; train them for this model")
-    if exits is not None and exits.skipped == "propagate" and exits.kv != (kv := 2*run.kv_heads*run.head_dim):
-        raise StudyError(f"exits: fills made for {exits.kv} numbers that a block keeps of a token, the model keeps {kv}; start from ExitHeads.of(model, [layers])")
+    if exits is not None and exits.skipped == "propagate" and exits.kv != run.kv:
+        raise StudyError(f"exits: fills made for {exits.kv} numbers that a block keeps of a token, the model keeps {run.kv}; start from ExitHeads.of(model, [layers])")
     for t in [] if tau is None else tau if isinstance(tau, (list, tuple)) else [tau]:
         if not 0 < t <= 1: raise StudyError(f"tau: {t} is not in (0, 1]; 1 never exits")
     if isinstance(tau, (list, tuple)) and len(tau) < new: raise StudyError(f"tau: {len(tau)} thresholds for {new} new tokens; give one per token, or a single number")

@@ -34,13 +34,12 @@ def own_fill(
 ) -> tuple[torch.Tensor, torch.Tensor]: # weight [blocks * kv, hidden], bias [blocks * kv]
     "Keys, not yet rotated, and values of blocks first.. as one linear map of what `normed` gives: the blocks' own weights."
     eye, W, B = torch.eye(run.hidden, device=run.device, dtype=run.dtype), [], []
-    rows = 2*run.kv_heads*run.head_dim
     for block in run.blocks[first:]:
         if isinstance(run, LlamaRunner): norm, parts = block.input_layernorm, (block.self_attn.k_proj, block.self_attn.v_proj)
         else: norm, parts = block.ln_1, (block.attn.c_attn,)
         bias = torch.cat([p(eye[:1]*0)[0] for p in parts])       # asked through the layer itself: a quantised one answers too
         weight = torch.cat([p(eye).T for p in parts]) - bias[:,None]
-        w, b, shift = weight[-rows:], bias[-rows:], getattr(norm, "bias", None)
+        w, b, shift = weight[-run.kv:], bias[-run.kv:], getattr(norm, "bias", None)
         W.append(w*norm.weight); B.append(b if shift is None else b + w@shift)
     return torch.cat(W), torch.cat(B)
 
@@ -81,7 +80,7 @@ class ExitHeads(nn.Module):
     def of(cls, model:PreTrainedModel, exits:list[int], skipped:str="propagate"):
         "Untrained heads for a model, on its device and in its dtype: identities, and fills as if a skipped block passed on what it got."
         run = runner(model)
-        heads = cls(exits, run.hidden, run.layers, skipped, 2*run.kv_heads*run.head_dim).to(final_norm(model).weight)
+        heads = cls(exits, run.hidden, run.layers, skipped, run.kv).to(final_norm(model).weight)
         weight, bias = own_fill(run, heads.exits[0])
         with torch.no_grad():
             for f in heads.fills: f.weight.copy_(weight[-len(f.weight):]); f.bias.copy_(bias[-len(f.bias):])
@@ -226,7 +225,7 @@ def decode_uncached(
                 if d <= i: output[0,t,-size:] = exits.fill(normed(run, states[d][0,t]), d)[i-d,start:start+size]
             return output
         return hook
-    hooks, kv = [b.register_forward_hook(note(i)) for i,b in enumerate(run.blocks)], 2*run.kv_heads*run.head_dim
+    hooks, kv = [b.register_forward_hook(note(i)) for i,b in enumerate(run.blocks)], run.kv
     for i,b in enumerate(run.blocks if exits.skipped == "propagate" else ()):
         parts = [(b.self_attn.k_proj, 0, kv//2), (b.self_attn.v_proj, kv//2, kv//2)] if isinstance(run, LlamaRunner) else [(b.attn.c_attn, 0, kv)]
         hooks += [layer.register_forward_hook(filled(i, start, size)) for layer, start, size in parts]

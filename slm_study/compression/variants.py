@@ -83,8 +83,9 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     layers = model.config.num_hidden_layers
     if max(s.exits) >= layers: raise StudyError(f"early_exit.exits: {max(s.exits)} is not before the last of {layers} layers; choose from 1..{layers-1}")
     batches = lambda rs, n: training_batches(tokenizer, rs, limit, batch_size, n, seed)
-    heads = train_exits(model, batches(rows, s.steps), ExitHeads.of(model, list(s.exits), s.skipped), s.steps, s.lr, seed)
-    fit_fills(model, heads, batches(rows, min(s.steps, 64)))
+    tuning = batches(rows, s.steps)
+    heads = train_exits(model, tuning, ExitHeads.of(model, list(s.exits), s.skipped), s.steps, s.lr, seed)
+    fit_fills(model, heads, tuning[:64])
     check = batches(validation, max(1, len(validation)//batch_size))
     floor, table = calibrate_tau(model, heads, check, s.agreement)
     ids = lambda r: [[t for t, l in zip(r["input_ids"], r["labels"]) if (l == -100) == asked] for asked in (True, False)] # prompt, program
