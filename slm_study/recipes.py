@@ -161,10 +161,10 @@ class Names(_Part):
     "Tuned on real names in the place of slots."
     tokens: Count = 0 # 0: as many as qlora.tokens
 
-class PruningMasked(_Part):
-    "As published: rows of every Linear set to zero by norm, nothing removed."
-    ratio: Part = 0.15
-    norm: Literal[1, 2] = 2
+class PruningMasked(_PerModel):
+    "As published: a part of every Linear set to zero, nothing removed. The paper's StarCoder lost rows, its TinyLlama single weights."
+    zeroed: Literal["rows", "weights"] = "rows"
+    ratio: Part = 0.15 # of the rows, by their L2 norm, or of the weights
 
 class Pruning(_Part):
     "Physical removal of feed-forward channels."

@@ -19,7 +19,7 @@ from ..curation.corpus import held_out_tasks, make_pair
 from ..finetuning.device import REAL
 from .audit import matmul_parameters, unique_parameters
 from .early_exit import ExitHeads, decode, exit_macs
-from .exit_training import train_exits
+from .exit_training import fit_fills, train_exits
 from .lossless import choose_draft, decode_lossless
 from .pruning import prune_ffn, prune_layers
 from .variants import training_batches
@@ -138,7 +138,9 @@ def _with_exits(name, folder, exits, steps):
     model, tokenizer = load_checkpoint(folder or root()/"bases"/name)
     rng = random.Random(1)
     batches = training_batches(tokenizer, [make_pair(rng) for _ in range(16*steps)], model.config.max_position_embeddings, 16, steps, 0)
-    return model, tokenizer, train_exits(model, batches, list(exits), steps), rng
+    heads = train_exits(model, batches, list(exits), steps)
+    fit_fills(model, heads, batches)
+    return model, tokenizer, heads, rng
 
 def _asked(tokenizer, prompts): return [torch.tensor([tokenizer(p, add_special_tokens=False).input_ids]) for p in prompts]
 

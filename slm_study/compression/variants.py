@@ -15,7 +15,7 @@ from .exit_training import FREE_TAUS, calibrate_programs, calibrate_tau, fit_fil
 from .healing import CODE, heal
 from .quantization import check_quantizable, quantize
 from .reconstruction import reconstruct
-from .pruning import block_influence, ffn_scores, kept_channels, kept_width, prune_ffn, prune_layers, prune_masked, row_mask
+from .pruning import block_influence, ffn_scores, kept_channels, kept_width, prune_ffn, prune_layers, prune_masked, row_mask, weight_mask
 from .weight_sharing import share_embedding
 from ..finetuning.pretrain import collate, encode_all, order_rows
 from ..finetuning.qlora import NAMES, finetune, row_limit
@@ -85,7 +85,7 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     batches = lambda rs, n: training_batches(tokenizer, rs, limit, batch_size, n, seed)
     tuning = batches(rows, s.steps)
     heads = train_exits(model, tuning, ExitHeads.of(model, list(s.exits), s.skipped), s.steps, s.lr, seed)
-    fit_fills(model, heads, tuning[:64])
+    fills = fit_fills(model, heads, tuning[:64])
     check = batches(validation, max(1, len(validation)//batch_size))
     floor, table = calibrate_tau(model, heads, check, s.agreement)
     ids = lambda r: [[t for t, l in zip(r["input_ids"], r["labels"]) if (l == -100) == asked] for asked in (True, False)] # prompt, program
@@ -93,7 +93,7 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     tau, free = calibrate_programs(model, heads, programs, tokenizer.eos_token_id, s.loss_pct, taus=[t for t in FREE_TAUS if t >= floor])
     table = table.merge(free, on="tau", how="left").assign(skipped=s.skipped)
     save_checkpoint(model, tokenizer, out)
-    save_exits(out, heads, s.tau or tau, loss_pct=s.loss_pct, agreement=s.agreement, calibrated=s.tau is None)
+    save_exits(out, heads, s.tau or tau, loss_pct=s.loss_pct, agreement=s.agreement, calibrated=s.tau is None, fills=fills.reset_index().to_dict("records"))
     table.to_json(out/"tau_sweep.json", orient="records", indent=1)
 
 # %% ../../nbs/30_compression/05_variants.ipynb #8d399bb6
@@ -109,7 +109,9 @@ def weights_hash(
 def _cut(technique, recipe:Recipe, tuned:Path, rows, out:Path, seed:int):
     "The variants that are made of the tuned model's weights."
     model, tokenizer = load_checkpoint(tuned)
-    if technique == "pruning_masked": save_checkpoint(prune_masked(model, recipe.pruning_masked.ratio, recipe.pruning_masked.norm), tokenizer, out)
+    if technique == "pruning_masked":
+        s = recipe.pruning_masked.of(NAMES[architecture(model)])
+        save_checkpoint(prune_masked(model, s.ratio, zeroed=s.zeroed), tokenizer, out)
     if technique == "pruning":
         small, fit = prune_ffn(model, recipe.pruning.ratio, recipe.pruning.norm), _rows_for(model, tokenizer, recipe, rows, recipe.pruning.reconstruct_rows, seed)
         _healed(reconstruct(small, model, fit)[0] if fit else small, model, tokenizer, recipe.pruning, recipe, rows, out, technique, seed)
@@ -160,8 +162,8 @@ def pruned_example(
 ) -> dict[str, list[list[float]]]: # dense and masked [corner, corner], removed [fewer, corner]; JSON-able
     "A corner of one matrix before pruning, masked, and removed."
     model, _ = load_checkpoint(tuned)
-    dense = ffn(blocks(model)[0]).inputs[0].weight.detach()
-    mask = row_mask(dense, recipe.pruning_masked.ratio, recipe.pruning_masked.norm)
+    dense, s = ffn(blocks(model)[0]).inputs[0].weight.detach(), recipe.pruning_masked.of(NAMES[architecture(model)])
+    mask = row_mask(dense, s.ratio) if s.zeroed == "rows" else weight_mask(dense, s.ratio)
     keep = kept_channels(ffn_scores(model, recipe.pruning.norm), recipe.pruning.ratio)[0]
     cut = dict(dense=dense[:corner, :corner], masked=(dense*mask)[:corner, :corner], removed=dense[keep[keep < corner], :corner])
     return {k: [[round(x, 4) for x in row] for row in v.tolist()] for k, v in cut.items()}

@@ -18,7 +18,7 @@ from ..curation.corpus import HELD_BACK
 from ..curation.tasks import TEST_SPLITS, same_answer
 from .repair import parses, repair
 from .sandbox import Job, Outcome, Sandbox
-from .statistics import bootstrap_families, rate_interval
+from .statistics import mean_interval, rate_interval
 
 # %% ../../nbs/50_evaluation/04_quality.ipynb #2def6ced
 CRITERIA = ("library", "printed", "visualisation", "data", "syntax")
@@ -135,7 +135,7 @@ def _rate(name, samples, hit, unit=100):
 
 def _mean(name, samples):
     values = [s[name] for s in samples]
-    low, high = bootstrap_families(values, [s["family"] for s in samples]) if len(values) > 1 else (None, None)
+    low, high = mean_interval(values, [s["family"] for s in samples]) if len(values) > 1 else (None, None)
     return Metric(name, sum(values)/len(values), low, high, len(values))
 
 def quality_metrics(

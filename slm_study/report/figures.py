@@ -252,18 +252,19 @@ def figure_2(
     masked:np.ndarray,  # [rows, columns] the same after masked pruning
     removed:np.ndarray, # [fewer rows, columns] after physical pruning
 ) -> np.ndarray: # three axes
-    "Magnitudes of a weight matrix: dense, rows zeroed, rows removed; all to one scale."
+    "Magnitudes of a weight matrix: dense, masked, rows removed; all to one scale."
     if masked.shape != dense.shape or removed.shape[1] != dense.shape[1] or removed.shape[0] > dense.shape[0]:
         raise StudyError(f"figure_2: shapes {dense.shape}, {masked.shape}, {removed.shape}; masked keeps the dense shape, removed has fewer rows")
     rows, cols = dense.shape
     top = np.quantile(np.abs(dense), .98)
-    zero = (masked == 0).all(1)
+    zero = (masked == 0) & (dense != 0)
+    gone = int(zero.all(1).sum())
     fig, axes = plt.subplots(1, 3, figsize=(9.6, 4.8), sharey=True, layout="constrained")
-    said = ("", f"{int(zero.sum())} rows of zeros", f"{rows - removed.shape[0]} rows fewer")
+    said = ("", f"{gone} rows of zeros" if gone else f"{int(zero.sum()):,} zeros", f"{rows - removed.shape[0]} rows fewer")
     for ax, w, title, said in zip(axes, (dense, masked, removed), ("dense", "masked (as published)", "removed"), said):
         image = ax.imshow(np.abs(w), aspect="auto", cmap="Greys", vmin=0, vmax=top, interpolation="nearest", extent=(0, w.shape[1], w.shape[0], 0))
         ax.set(ylim=(rows, 0), xlim=(0, cols), xlabel="input", title=f"{title}\n{w.shape[0]} x {w.shape[1]} = {w.size:,} stored\n{said}")
-    axes[1].imshow(np.where(zero, 1., np.nan)[:, None].repeat(cols, 1), aspect="auto", cmap=ListedColormap([COLOURS["pruning_masked"]]), extent=(0, cols, rows, 0), interpolation="nearest")
+    axes[1].imshow(np.where(zero, 1., np.nan), aspect="auto", cmap=ListedColormap([COLOURS["pruning_masked"]]), extent=(0, cols, rows, 0), interpolation="nearest")
     axes[2].axhspan(removed.shape[0], rows, facecolor="white", hatch="//", edgecolor="0.7", lw=0)
     axes[0].set_ylabel("output (feed-forward channel)")
     fig.supxlabel(f"{rows} x {cols} numbers out of one matrix; in the whole of it other shares of the rows may go", fontsize="small")

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from ..evaluation.statistics import paired_difference, wilson
+from ..evaluation.statistics import paired_difference, rate_interval
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Recipe, StudyError
 from ..records import named, read_record
 from .tables import cells
@@ -209,7 +209,7 @@ def figure_tau(
 _POINT = ["kind", "criterion", "amount", "stage"]
 
 def sweep_rows(
-    points:list[dict] # model, seed, and what compression.sweeps.run_sweep gives
+    points:list[dict] # model, seed, families (of the prompts), and what compression.sweeps.run_sweep gives
 ) -> pd.DataFrame: # per point: counts, removed_pct, accuracy, low, high, exec_pct (%), loss (nats); difference, difference_low, difference_high (points, to the uncut model); chance, chance_low, chance_high (points, to the same cut at random)
     "Rates, intervals and paired differences of a sweep."
     groups, rows = {}, []
@@ -219,11 +219,12 @@ def sweep_rows(
         base = groups.get((model, "order", "tune", 0., "healed")) if point[0] == "order" else whole
         if not whole or not base or [p["seed"] for p in base] != [p["seed"] for p in mine]: raise StudyError(f"sweep of {model}: {' '.join(map(str, point))} has no uncut model of the same seeds beside it; run 3b_sweep again")
         right, first = per_prompt(mine, "correct"), mine[0]
+        of = first.get("families") or list(range(len(right)))
         luck = groups.get((model, "channels", "random", *point[2:])) if point[0] == "channels" and point[1] != "random" else None
-        against = lambda to: tuple(100*x for x in paired_difference(right, per_prompt(to, "correct"))) if to else (np.nan,)*3
+        against = lambda to: tuple(100*x for x in paired_difference(right, per_prompt(to, "correct"), of)) if to else (np.nan,)*3
         fewer = lambda k: 100*(1 - first[k]/whole[0][k])
         rows.append(dict(model=model, **dict(zip(_POINT, point)), how=first["how"], tokens=first["tokens"], seeds=len(mine), parameters=first["parameters"], matmul_parameters=first["matmul_parameters"],
-                         removed_pct=fewer("parameters"), matmul_removed_pct=fewer("matmul_parameters"), n=len(right), accuracy=100*right.mean(), **dict(zip(("low", "high"), (100*x for x in wilson(round(right.sum()), len(right))))),
+                         removed_pct=fewer("parameters"), matmul_removed_pct=fewer("matmul_parameters"), n=len(right), accuracy=100*right.mean(), **dict(zip(("low", "high"), (100*x for x in rate_interval([c == "1" for p in mine for c in p["correct"]], of*len(mine))))),
                          exec_pct=100*per_prompt(mine, "executed").mean(), loss=float(np.mean([p["loss"] for p in mine])),
                          **dict(zip(("difference", "difference_low", "difference_high"), against(base))), **dict(zip(("chance", "chance_low", "chance_high"), against(luck)))))
     return pd.DataFrame(rows)
@@ -310,7 +311,7 @@ CURVES = dict(tau="curve_tau.csv", sweep="sweep.csv") # names in the folder of f
 def _read_curve(path, needs):
     try: rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e: raise StudyError(f"{path}: cannot be read ({e}); delete it and run the study again") from None
-    points = rows["points"] if isinstance(rows, dict) else rows
+    points = [dict(p, families=rows.get("families")) for p in rows["points"]] if isinstance(rows, dict) else rows
     missing = sorted({k for p in points for k in needs - set(p)})
     if missing: raise StudyError(f"{path}: lacks the column {', '.join(missing)}; run that step again")
     return points
