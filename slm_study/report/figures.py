@@ -155,8 +155,8 @@ def figure_6a(
 def figure_6b(
     records:pd.DataFrame, # columns of records.csv
 ) -> plt.Axes:
-    "Quality score of TinyLlama by technique."
-    return _one_panel(records, "tinyllama", "q_score", "quality score")
+    "Quality score of TinyLlama by technique, by the keywords that the published score counts."
+    return _one_panel(records, "tinyllama", "q_score_keywords", "quality score (keywords)")
 
 # %% ../../nbs/60_report/01_figures.ipynb #56ebdadc
 _STAGES = {"inference_success_pct": "ended by the model", "valid_raw_pct": "valid as written", "valid_pct": "valid after repair", "exec_pct": "ran to its end", "accuracy_pct": "right answer"}
