@@ -177,7 +177,7 @@ def sign_flip(
     b,           # [m] what it is compared with, same prompts in the same order
     of=None,     # [m] the family of each prompt; None: all prompts are independent
     seed:int=0,  # of the signs
-    n:int=9999,  # draws; all signs are tried where these are no more
+    n:int=19999, # draws; all signs are tried where these are no more
 ) -> float: # two-sided p value, (0, 1]
     "Sign-flip permutation test of a paired difference; 1 when no family differs."
     a, b = _both("sign_flip", a, b)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATIOS', 'MEMORY_MARGIN_MIB', 'SAME_FILE', 'NOT_MEASURED', 'collect_outcomes', 'made_up_outcomes',
            'families_of_prompts', 'per_prompt', 'paired', 'process_noise', 'with_process_noise', 'noise_band',
-           'time_verdict', 'table_aa', 'table_base_again', 'remarks', 'same_as_base', 'table_vs_base',
+           'time_verdict', 'table_aa', 'table_base_again', 'remarks', 'own_weights', 'same_as_base', 'table_vs_base',
            'smallest_effect', 'table_device', 'table_budget', 'budget_note', 'table_splits']
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #4a510e29
@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Evaluation, Recipe, StudyError
 from ..records import BACKENDS, METRICS, SPLIT_METRICS, read_record, record_paths
-from ..evaluation.statistics import all_at_once, between_pairs, design_effect, holm, minimum_detectable_effect, paired_difference, sign_flip, with_pairs
+from ..evaluation.statistics import all_at_once, between_pairs, holm, paired_difference, sign_flip, with_pairs
 from .tables import MISSING, UNPUBLISHED, cells, show, why_empty
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #7a11eb65
@@ -57,10 +57,11 @@ def made_up_outcomes(
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #737011b8
 def families_of_prompts(
-    o:dict # of collect_outcomes
-) -> list[str]: # per prompt; where a record names none, each prompt is its own
+    *records:dict # of collect_outcomes, on the same prompts
+) -> list[str]: # per prompt; where no record names them, each prompt is its own
     "Which family of tasks each prompt belongs to."
-    return o["families"].split() if o.get("families") else [str(i) for i in range(o["n"])]
+    named = next((o["families"].split() for o in records if o.get("families")), None)
+    return named or [f"{records[0]['prompts']} {i}" for i in range(records[0]["n"])]
 
 def per_prompt(
     rows:list[dict], # of one seed each, on the same prompts; bits as strings of 0 and 1
@@ -86,7 +87,7 @@ def paired(
             if (mine[s]["prompts"], mine[s]["n"]) != (base[s]["prompts"], base[s]["n"]): raise StudyError(f"{model}, {technique}, seed {s}: its {mine[s]['n']} prompts are not base's {base[s]['n']}; run both on one corpus")
         asked = dict.fromkeys(mine[s]["prompts"] for s in seeds) # seeds of one corpus answer the same prompts, which are no more for it
         a, b = (np.concatenate([per_prompt([g[s] for s in seeds if mine[s]["prompts"] == p], what) for p in asked]) for g in (mine, base))
-        of = [f for p in asked for f in families_of_prompts(next(mine[s] for s in seeds if mine[s]["prompts"] == p))]
+        of = [f for p in asked for f in next(families_of_prompts(mine[s], base[s]) for s in seeds if mine[s]["prompts"] == p)]
         rows.append((model, technique, backend, len(a), 100*a.mean(), 100*b.mean(), *(100*x for x in paired_difference(a, b, of)), sign_flip(a, b, of)))
     df = pd.DataFrame(rows, columns=["model", "technique", "backend", "n", "value", "base", "difference", "low", "high", "p"])
     tests = df[np.array([k not in same for k in zip(df.model, df.technique, df.backend)], dtype=bool)]
@@ -186,7 +187,7 @@ def remarks(
             if verdict in ("faster", "slower"): said.append(f"{verdict} per token: {show(ratio, 'x base')} of base, noise {band[0]:.2f} to {band[1]:.2f}")
             if (read := get("layers_read_pct")[0]) is not None and ratio is not None and read["value"] < 100:
                 arrived = [100*(1 - ratio[k])/(100 - read["value"]) for k in ("value", "high", "low")]
-                said.append(f"of the {100 - read['value']:.0f} % of time that the weights not read promise, {arrived[0]:.2f} [{arrived[1]:.2f}, {arrived[2]:.2f}] arrive")
+                said.append(f"weights that are not read promise {100 - read['value']:.0f} % less time; {100*arrived[0]:.0f} % [{100*arrived[1]:.0f}, {100*arrived[2]:.0f}] of that was measured")
             mine, base = get("new_tokens")
             if mine is not None and base is not None and mine["high"] < base["low"]:
                 said.append(f"fewer tokens: {mine['value']:.0f} per sample against {base['value']:.0f}" + ("" if verdict == "faster" else ", not faster per token"))
@@ -201,18 +202,23 @@ def remarks(
 # %% ../../nbs/60_report/00b_comparisons.ipynb #3ff0a03b
 SAME_FILE = "same file as base"
 
+def own_weights(
+    ours:pd.DataFrame,               # from tables.cells, of the backend
+    model:str, technique:str, backend:str
+) -> bool:
+    "Are these base's own weights by construction? llama.cpp knows no exits and rounds from base; a tied model has nothing to share."
+    if technique != "weight_sharing": return technique in ("early_exit", "quantization") and backend != "torch"
+    sizes = [_cell(ours, model, t, "parameters") for t in ("weight_sharing", "base")]
+    return all(s is not None for s in sizes) and bool(sizes[0]["value"] == sizes[1]["value"])
+
 def same_as_base(
     records:pd.DataFrame,   # columns of records.csv
     outcomes:list[dict]=()  # from collect_outcomes
 ) -> set[tuple]: # (model, technique, backend)
-    "Rows whose weights are base's own by construction, and whose answers are: early exit and quantization off PyTorch, sharing that found nothing to share."
-    ours, answers = cells(records), {}
+    "Rows whose weights are base's own by construction, and whose answers are."
+    ours, answers = {b: cells(records, b) for b in set(records.backend)}, {}
     for o in outcomes: answers.setdefault((o["model"], o["technique"], o["backend"]), {})[o["seed"]] = o["correct"]
-    def nothing_shared(model):
-        sizes = [_cell(ours, model, t, "parameters") for t in ("weight_sharing", "base")]
-        return all(s is not None for s in sizes) and sizes[0]["value"] == sizes[1]["value"]
-    of_base = lambda m, t, b: nothing_shared(m) if t == "weight_sharing" else t in ("early_exit", "quantization") and b != "torch"
-    return {k for k, mine in answers.items() if of_base(*k) and all(answers.get((k[0], "base", k[2]), {}).get(s) == a for s, a in mine.items())}
+    return {k for k, mine in answers.items() if k[2] in ours and own_weights(ours[k[2]], *k) and all(answers.get((k[0], "base", k[2]), {}).get(s) == a for s, a in mine.items())}
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #3e6f7e91
 def _bold(text, is_best): return f"**{text}**" if is_best else text
@@ -246,23 +252,20 @@ def table_vs_base(
             for t in here:
                 w = words[(words.model == model) & (words.technique == t) & (words.backend == backend)].remark
                 rows.append({"Model": model, "Technique": TECHNIQUE_NAMES[t], "Backend": backend,
-                    "Time per token (x base)": _bold(show(ratio[t], "x base"), t == best[0]), "Noise (base x base)": MISSING if band is None else f"{band[0]:.2f} to {band[1]:.2f}",
+                    "Time per token (x base)": _bold(show(ratio[t], "x base"), t == best[0]), "Base against itself (x base)": MISSING if band is None else f"{band[0]:.2f} to {band[1]:.2f}",
                     **({k: why_empty(records, "accuracy_pct") for k in _RIGHT} if t not in diff else dict(zip(_RIGHT, (_bold(_signed(diff[t]), t == best[1]), _at_most(diff[t]), _p(diff[t].p_holm))))),
                     "Peak memory": _change(_cell(ours, model, t, "peak_mem_mib"), _cell(ours, model, "base", "peak_mem_mib"), "MiB"),
                     "On disk": _change(_cell(ours, model, t, "disk_mib"), _cell(ours, model, "base", "disk_mib"), "MiB"), "Time, tokens, memory in words": w.iloc[0] if len(w) else UNPUBLISHED})
-    return pd.DataFrame(rows, columns=["Model", "Technique", "Backend", "Time per token (x base)", "Noise (base x base)", *_RIGHT, "Peak memory", "On disk", "Time, tokens, memory in words"])
+    return pd.DataFrame(rows, columns=["Model", "Technique", "Backend", "Time per token (x base)", "Base against itself (x base)", *_RIGHT, "Peak memory", "On disk", "Time, tokens, memory in words"])
 
 def smallest_effect(
     outcomes:list[dict] # from collect_outcomes
 ) -> str: # a sentence for a caption
-    "What the number of prompts can show."
-    base = [o for o in outcomes if o["technique"] == "base"]
-    if not base: return ""
-    p = np.mean([c == "1" for o in base for c in o["correct"]])
-    def least_of(n): return minimum_detectable_effect(n, min(max(p, .05), .95), design=np.mean([design_effect([c == "1" for c in o["correct"]], families_of_prompts(o)) for o in base if o["n"] == n]))
-    least = {n: f"{100*least_of(n):.0f}" for n in sorted({o["n"] for o in base}, reverse=True)}
-    where = {n: " and ".join(name for name, torch in (("PyTorch", True), ("llama.cpp", False)) if any(o["n"] == n and (o["backend"] == "torch") == torch for o in base)) for n in least}
-    return f"A difference of right answers under {' or '.join(f'{x} points (the {n} prompts of {where[n]})' for n, x in least.items())} would usually be missed between independent samples; pairing on the same prompts sees somewhat smaller ones."
+    "What pairs of answers to so many prompts can show: 2.8 standard errors are found with a probability of 80 %."
+    pairs = paired(outcomes)
+    pairs = pairs[pairs.difference != 0].assign(least=lambda d: (d.high - d.low)/2*2.8/1.98, torch=lambda d: d.backend == "torch")
+    said = [f"{d.least.min():.1f} to {d.least.max():.1f} points ({'PyTorch' if torch else 'llama.cpp'}, {n} prompts)" for (torch, n), d in pairs.groupby(["torch", "n"], sort=False)]
+    return f"A difference of right answers is found with a probability of 80 % from {' or '.join(said)} on, by how many answers a variant changes." if said else ""
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #1f6452fb
 _DEVICE = ("disk_mib", "peak_mem_mib", "ms_per_token", "ms_per_token_batch8", "prefill_ms", "latency_ms", "time_ratio", "aa_ratio", "same_text_pct", "accuracy_pct")

@@ -21,7 +21,7 @@ from ..evaluation.statistics import paired_difference, rate_interval
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Recipe, StudyError
 from ..records import named, read_record
 from .tables import cells
-from .comparisons import noise_band, per_prompt
+from .comparisons import noise_band, own_weights, per_prompt
 from .figures import COLOURS, MARKERS, MODEL_NAMES, save_figure, set_style
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #f1931d19
@@ -34,12 +34,6 @@ def pareto(
         if p.quality > best: out.append(i); best = p.quality
     return out
 
-def _base_again(c, model, technique, backend):
-    "Are these base's own weights? llama.cpp knows no exits and rounds from base; a tied model has nothing to share."
-    if technique != "weight_sharing": return technique in ("early_exit", "quantization") and backend != "torch"
-    mine, base = (c.value.get((model, t, "parameters"), np.nan) for t in (technique, "base"))
-    return mine == base
-
 def _points(records, model, backends):
     rows = []
     for b in backends:
@@ -49,11 +43,11 @@ def _points(records, model, backends):
             x, y, turns = ((model, t, k) for k in ("ms_per_token", "accuracy_pct", "time_ratio"))
             if t != "base" and base is not None and turns in c.index: # taken in turns with base: the same minute for both
                 c.loc[x, ["value", "low", "high"]] = base*c.loc[turns, ["value", "low", "high"]].astype(float)
-            if x in c.index and y in c.index and t != "names" and not _base_again(c, model, t, b): rows.append(dict(technique=t, backend=b, time=c.value[x], quality=c.value[y], **{f"{k}_{e}": c[e][key] for k, key in (("time", x), ("quality", y)) for e in ("low", "high")}))
+            if x in c.index and y in c.index and t != "names" and not own_weights(c, model, t, b): rows.append(dict(technique=t, backend=b, time=c.value[x], quality=c.value[y], **{f"{k}_{e}": c[e][key] for k, key in (("time", x), ("quality", y)) for e in ("low", "high")}))
     return pd.DataFrame(rows, columns=["technique", "backend", "time", "quality", "time_low", "time_high", "quality_low", "quality_high"])
 
 # %% ../../nbs/60_report/01b_own_figures.ipynb #46a1d547
-_WIDTHS = {"torch": ("PyTorch", "full"), "llama.cpp-f16": ("llama.cpp, 16 bits", "none"), "llama.cpp": ("llama.cpp, 8 bits", "left"), "llama.cpp-q4_0": ("llama.cpp, 4 bits", "full")} # backend: name, filling
+_WIDTHS = {"torch": ("PyTorch", "full", ""), "llama.cpp-f16": ("llama.cpp, 16 bits", "none", "16"), "llama.cpp": ("llama.cpp, 8 bits", "left", "8"), "llama.cpp-q4_0": ("llama.cpp, 4 bits", "full", "4")} # backend: name, filling, bits
 
 def _log_time(ax):
     "A logarithmic axis of times with plain numbers, over a factor of two at least."
@@ -65,10 +59,10 @@ def _log_time(ax):
 def _below(ax, rows):
     "An arrow for what lies below the axis, with its number."
     at, low, high = ax.get_xaxis_transform(), rows.quality.min(), rows.quality.max()
-    t, x = rows.technique.iloc[0], rows.time.mean()
-    ax.plot(x, .12, MARKERS[t], color=COLOURS[t], markeredgecolor="black", markersize=9, transform=at)
-    ax.annotate("", (x, .01), (x, .1), xycoords=at, arrowprops=dict(arrowstyle="-|>", color="black", lw=1))
-    ax.annotate(f"{low:.0f} %" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f} %", (x, .07), (8, 0), xycoords=at, textcoords="offset points", va="center", fontsize="small")
+    for r in rows.itertuples():
+        ax.plot(r.time, .12, MARKERS[r.technique], fillstyle=_WIDTHS[r.backend][1], color=COLOURS[r.technique], markerfacecoloralt="white", markeredgecolor="black", markersize=9, transform=at)
+        ax.annotate("", (r.time, .01), (r.time, .1), xycoords=at, arrowprops=dict(arrowstyle="-|>", color="black", lw=1))
+    ax.annotate(f"{low:.0f} %" if f"{low:.0f}" == f"{high:.0f}" else f"{low:.0f} to {high:.0f} %", (rows.time.max(), .07), (8, 0), xycoords=at, textcoords="offset points", va="center", fontsize="small")
 
 def figure_quality_vs_time(
     records:pd.DataFrame, # columns of records.csv
@@ -86,10 +80,11 @@ def figure_quality_vs_time(
                 err = lambda k: None if pd.isna(getattr(p, f"{k}_low")) else [[getattr(p, k) - getattr(p, f"{k}_low")], [getattr(p, f"{k}_high") - getattr(p, k)]]
                 ax.errorbar(p.time, p.quality, xerr=err("time"), yerr=err("quality"), fmt="none", ecolor="0.6", lw=.8, zorder=1)
                 ax.plot(p.time, p.quality, MARKERS[p.technique], fillstyle=_WIDTHS[p.backend][1], color=COLOURS[p.technique], markerfacecoloralt="white", markeredgecolor="black", markersize=9, zorder=3)
+                if bits := _WIDTHS[p.backend][2]: ax.annotate(bits, (p.time, p.quality), (5, 4), textcoords="offset points", fontsize="x-small", color="0.2", zorder=4)
             front = shown.loc[pareto(shown)]
             ax.plot(front.time, front.quality, color="black", lw=1.2, ls="--", zorder=2)
             if not len(points): ax.text(.5, .5, "missing", transform=ax.transAxes, ha="center", style="italic", color="0.35")
-            ax.set_title(f"{MODEL_NAMES[model]}, {('PyTorch', 'llama.cpp')[j]}", loc="left"); ax.grid(alpha=.3); ax.margins(.1)
+            ax.set_title(f"{MODEL_NAMES[model]}, {('PyTorch (32 bits; Quantization, Combined: 4)', 'llama.cpp')[j]}", loc="left"); ax.grid(alpha=.3); ax.margins(.1)
             if len(shown): _log_time(ax)
             if len(shown) < len(points): _below(ax, points.drop(shown.index))
             seen |= set(points.technique)
@@ -97,7 +92,7 @@ def figure_quality_vs_time(
     for ax, said in zip(axes[-1], ("", "\n(in turns with base of as many bits;\nother bits minutes apart)")): ax.set_xlabel(f"time per token (ms), equal work{said}")
     for ax in axes[:,0]: ax.set_ylabel("right answers (%)")
     marks = [Line2D([], [], marker=MARKERS[t], color=COLOURS[t], markeredgecolor="black", markersize=8, lw=0, label=TECHNIQUE_NAMES[t]) for t in TECHNIQUES if t in seen]
-    fills = [Line2D([], [], marker="o", fillstyle=fill, color="0.4", markerfacecoloralt="white", markeredgecolor="black", markersize=8, lw=0, label=name) for b, (name, fill) in _WIDTHS.items() if b in sides[1]]
+    fills = [Line2D([], [], marker="o", fillstyle=fill, color="0.4", markerfacecoloralt="white", markeredgecolor="black", markersize=8, lw=0, label=name) for b, (name, fill, _) in _WIDTHS.items() if b in sides[1]]
     fig.legend(handles=[*marks, *fills, Line2D([], [], color="black", ls="--", label="best seen")], loc="outside right center")
     return axes
 
@@ -176,7 +171,7 @@ def figure_repairs(
 def figure_tau(
     rows:pd.DataFrame # columns of tau_table, model; used: the threshold that the study chose, and right_pct, if known
 ) -> np.ndarray: # [models, 2] axes
-    "Agreement, work and exit depth by threshold."
+    "What a threshold does: tokens that are still the full model's and layers run, on text that is given; right programs in free decoding, where keys and values of skipped layers make the difference; and after which block tokens leave."
     models = [m for m in MODELS if m in set(rows.model)]
     if not models: raise StudyError("figure_tau: no rows of a known model; run the early_exit step of the study")
     fig, axes = plt.subplots(len(models), 2, figsize=(11, 3.2*len(models)), squeeze=False, layout="constrained")
@@ -184,7 +179,7 @@ def figure_tau(
         r = rows[rows.model == m]
         r = r[r.seed == r.seed.min()].sort_values("tau") if "seed" in r else r.sort_values("tau") # of several seeds the first
         x = -np.log10(1 - r.tau.clip(upper=1 - 1e-6))
-        for col, style, label in (("tokens_agree_pct", "-o", "tokens as the full model"), ("exits_agree_pct", "--s", "exits as the full model"), ("layers_run_pct", ":^", "layers run in the token's own step")):
+        for col, style, label in (("tokens_agree_pct", "-o", "tokens that are the full model's, fed the same text"), ("layers_run_pct", "--^", "layers run in the token's own step")):
             a.plot(x, r[col], style, color="black", markersize=4, markevery=3, label=label)
         for col, style in (("right_pct", "-D"), ("right_pct_other", "--d")):
             if col not in r or not (free := r[col].notna()).any(): continue
@@ -196,7 +191,7 @@ def figure_tau(
         shades = plt.get_cmap("cividis")(np.linspace(.15, .95, len(depth)))
         b.stackplot(x, *[r[c] for c in depth], colors=shades, edgecolor="black", lw=.5, labels=[f"after block {c.split('_')[1]}" if c != "full_pct" else "full depth" for c in depth])
         for ax in (a, b):
-            if "used" in r and pd.notna(r.used.iloc[0]): ax.axvline(-np.log10(1 - min(r.used.iloc[0], 1 - 1e-6)), color="black", ls=":", lw=1.5)
+            if "used" in r and pd.notna(r.used.iloc[0]): ax.axvline(-np.log10(1 - min(r.used.iloc[0], 1 - 1e-6)), color="black", ls=":", lw=1.5, label=r"the study's $\tau$" if ax is a else None)
             ticks = [.5, .9, .99, .999, .9999]
             ax.set(xticks=[-np.log10(1 - t) for t in ticks], xticklabels=ticks, xlabel=r"threshold $\tau$", ylim=(0, 102)); ax.grid(alpha=.3)
         a.set(ylabel="%"); a.set_title(MODEL_NAMES[m], loc="left"); b.set(ylabel="share of tokens (%)"); b.set_title("where tokens leave", loc="left")
