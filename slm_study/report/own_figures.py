@@ -84,12 +84,12 @@ def figure_quality_vs_time(
             front = shown.loc[pareto(shown)]
             ax.plot(front.time, front.quality, color="black", lw=1.2, ls="--", zorder=2)
             if not len(points): ax.text(.5, .5, "missing", transform=ax.transAxes, ha="center", style="italic", color="0.35")
-            ax.set_title(f"{MODEL_NAMES[model]}, {('PyTorch (32 bits; Quantization, Combined: 4)', 'llama.cpp')[j]}", loc="left"); ax.grid(alpha=.3); ax.margins(.1)
+            ax.set_title(f"{MODEL_NAMES[model]}, {('PyTorch', 'llama.cpp')[j]}", loc="left"); ax.grid(alpha=.3); ax.margins(.1)
             if len(shown): _log_time(ax)
             if len(shown) < len(points): _below(ax, points.drop(shown.index))
             seen |= set(points.technique)
         pair[0].set_ylim(bottom=floor) # once both are drawn: they share it
-    for ax, said in zip(axes[-1], ("", "\n(in turns with base of as many bits;\nother bits minutes apart)")): ax.set_xlabel(f"time per token (ms), equal work{said}")
+    for ax, said in zip(axes[-1], ("\n(weights in 32 bits;\nQuantization and Combined in 4)", "\n(in turns with base of as many bits;\nother bits minutes apart)")): ax.set_xlabel(f"time per token (ms), equal work{said}")
     for ax in axes[:,0]: ax.set_ylabel("right answers (%)")
     marks = [Line2D([], [], marker=MARKERS[t], color=COLOURS[t], markeredgecolor="black", markersize=8, lw=0, label=TECHNIQUE_NAMES[t]) for t in TECHNIQUES if t in seen]
     fills = [Line2D([], [], marker="o", fillstyle=fill, color="0.4", markerfacecoloralt="white", markeredgecolor="black", markersize=8, lw=0, label=name) for b, (name, fill, _) in _WIDTHS.items() if b in sides[1]]
