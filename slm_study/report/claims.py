@@ -141,6 +141,7 @@ def _speed_claim(ours, model, technique, where, statement):
     less, why = faster(ours, model, technique, noise_floor())
     return Claim(where, statement, "no number", number + (f": {why}" if why else ""), evidence, "not testable here" if less is None else "reproduced" if less else "contradicted")
 
+# %% ../../nbs/60_report/02_claims.ipynb #cd2c5854
 _MARGIN = 1. # points of right answers: a smaller loss is none
 
 def _quality_claim(ours, pairs, model, technique, where, statement, gain=False):
