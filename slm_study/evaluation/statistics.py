@@ -184,7 +184,9 @@ def sign_flip(
     sums = _sums(a - b, of)[0]
     sums = sums[np.abs(sums) > 1e-12]
     if len(sums) < 2: return 1.
-    return float(min(1., stats.permutation_test((sums,), lambda x, axis: np.abs(x.sum(axis)), permutation_type="samples", n_resamples=n, alternative="greater", rng=np.random.default_rng(seed)).pvalue))
+    how, rng = dict(statistic=lambda x, axis: np.abs(x.sum(axis)), n_resamples=n, alternative="greater"), np.random.default_rng(seed)
+    if 2**len(sums) <= n: return float(min(1., stats.permutation_test((sums,), permutation_type="samples", **how).pvalue))
+    return float(stats.monte_carlo_test(sums, lambda size: rng.choice((-1., 1.), size)*sums, batch=2000, **how).pvalue)
 
 # %% ../../nbs/50_evaluation/03_statistics.ipynb #185f80c2
 def two_proportions(
