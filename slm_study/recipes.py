@@ -189,7 +189,7 @@ class EarlyExit(_Part):
     tau: Annotated[float, Field(gt=0, le=1)] | None = None # None: calibrated on validation data
     loss_pct: Annotated[float, Field(ge=0, lt=100)] = 1.0 # of validation programs, right at full depth and not with exits (less those won), when calibrated
     agreement: Annotated[float, Field(gt=0, le=1)] = 0.99 # of exits with the full model, at the least, when calibrated
-    steps: Positive = 100 # batches of exit training
+    steps: Positive = 100 # batches of exit training, in each of its two rounds
     lr: Rate = 1e-2
 
 class Quantization(_Part):

@@ -4,8 +4,8 @@ import gguf, pytest, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from slm_study.compression.audit import audit, compare
-from slm_study.compression.early_exit import SKIPPED, ExitHeads, decode, decode_uncached, load_exits, normed, own_fill, save_exits
-from slm_study.compression.exit_training import calibrate_tau, fit_fills, train_exits
+from slm_study.compression.early_exit import SKIPPED, ExitHeads, decode, decode_uncached, load_exits, normed, own_fill, save_exits, taking_exits
+from slm_study.compression.exit_training import calibrate_tau, fit_fills, train_exits, train_taking_exits
 from slm_study.compression.decoding import runner
 from slm_study.compression.healing import healed
 from slm_study.compression.lossless import decode_lossless
@@ -179,6 +179,21 @@ def test_fills_follow_the_blocks(model, tied):
         true = torch.nn.functional.linear(normed(run, states[2]), weight[:heads.kv], bias[:heads.kv])
         error = lambda h: (h.fill(x, 1)[...,1,:] - true).square().mean().item()
         assert error(heads) < .9*error(own)
+
+@pytest.mark.parametrize("model", ("tinyllama", "starcoder"))
+def test_exits_are_trained_as_they_are_decoded(model):
+    "The forward that trains them says at every depth what decoding said, and the model stays as it is."
+    m, ids = make(model), padded(0)[0][:1]
+    heads, before = ExitHeads.of(m, [1, 3]), {k: v.clone() for k, v in m.state_dict().items()}
+    rows = [dict(input_ids=x, labels=torch.where(torch.arange(30) < 4, -100, x)) for x in torch.randint(2, 80, (5, 8, 30), generator=torch.Generator().manual_seed(1))]
+    train_taking_exits(m, heads, rows, steps=5, taus=(.1, .2))
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()) and not torch.equal(heads.maps[0], torch.eye(64))
+    said = decode(m, ids, None, 30, exits=heads, tau=[.02, .1, .9]*10)
+    fed, depth = torch.cat([ids, torch.tensor([said.tokens[0][:-1]])], 1), torch.tensor([[4]*ids.shape[1] + said.layers_run[0][1:]])
+    assert len(set(said.layers_run[0])) > 1
+    with torch.no_grad(), taking_exits(runner(m), heads, depth) as states: z = runner(m).head(m.base_model(fed, use_cache=False).last_hidden_state)[0]
+    for e in heads.exits: z = torch.where((depth[0] == e)[:,None], runner(m).logits(heads(states[e][0], e)), z)
+    assert z[ids.shape[1]-1:].argmax(-1).tolist() == said.tokens[0]
 
 def test_heads_without_fills_do_not_propagate():
     m = make("tinyllama")

@@ -19,7 +19,7 @@ from ..curation.corpus import held_out_tasks, make_pair
 from ..finetuning.device import REAL
 from .audit import matmul_parameters, unique_parameters
 from .early_exit import ExitHeads, decode, exit_macs
-from .exit_training import fit_fills, train_exits
+from .exit_training import fit_fills, train_exits, train_taking_exits
 from .lossless import choose_draft, decode_lossless
 from .pruning import prune_ffn, prune_layers
 from .variants import training_batches
@@ -133,13 +133,15 @@ def exit_bench(
     return _one_thread(lambda: pd.DataFrame(list(rows())))
 
 # %% ../../nbs/30_compression/06_bench.ipynb #96ce1d4a
-def _with_exits(name, folder, exits, steps):
-    "A base, its tokenizer, exits trained for it, and a source of chance for more pairs."
+def _with_exits(name, folder, exits, steps, taken=False):
+    "A base, its tokenizer, exits trained for it (to be taken, or to draft from), and a source of chance for more pairs."
     model, tokenizer = load_checkpoint(folder or root()/"bases"/name)
     rng = random.Random(1)
-    batches = training_batches(tokenizer, [make_pair(rng) for _ in range(16*steps)], model.config.max_position_embeddings, 16, steps, 0)
-    heads = train_exits(model, batches, list(exits), steps)
-    fit_fills(model, heads, batches)
+    batches = training_batches(tokenizer, [make_pair(rng) for _ in range(32*steps)], model.config.max_position_embeddings, 16, 2*steps, 0)
+    heads = train_exits(model, batches[:steps], list(exits), steps)
+    if taken:
+        fit_fills(model, heads, batches[:steps])
+        train_taking_exits(model, heads, batches[steps:], steps)
     return model, tokenizer, heads, rng
 
 def _asked(tokenizer, prompts): return [torch.tensor([tokenizer(p, add_special_tokens=False).input_ids]) for p in prompts]
@@ -155,7 +157,7 @@ def free_exit_bench(
 ) -> pd.DataFrame: # model, tokens (timed in a turn), and the columns of exit_row
     "Early exits that the bases' own confidence takes while they write whole programs, on one thread, in one run."
     def row(name):
-        model, tokenizer, heads, _ = _with_exits(name, (checkpoints or {}).get(name), exits, steps)
+        model, tokenizer, heads, _ = _with_exits(name, (checkpoints or {}).get(name), exits, steps, taken=True)
         texts = [(ids, len(decode(model, ids, None, 160, tokenizer.eos_token_id, heads, tau).tokens[0])) for ids in _asked(tokenizer, [t.prompt for t in held_out_tasks(prompts, 7, True)])]
         texts = [(ids, n) for ids, n in texts if n > 1]
         return dict(model=name, tokens=sum(n for _, n in texts), **exit_row(model, heads, tau, texts, repeats))

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from .audit import compare
 from .early_exit import ExitHeads, save_exits
-from .exit_training import FREE_TAUS, calibrate_programs, calibrate_tau, fit_fills, train_exits
+from .exit_training import FREE_TAUS, calibrate_programs, calibrate_tau, fit_fills, train_exits, train_taking_exits
 from .healing import CODE, heal
 from .quantization import check_quantizable, quantize
 from .reconstruction import reconstruct
@@ -83,9 +83,10 @@ def _early_exit(checkpoint:Path, recipe:Recipe, rows:list[dict], validation:list
     layers = model.config.num_hidden_layers
     if max(s.exits) >= layers: raise StudyError(f"early_exit.exits: {max(s.exits)} is not before the last of {layers} layers; choose from 1..{layers-1}")
     batches = lambda rs, n: training_batches(tokenizer, rs, limit, batch_size, n, seed)
-    tuning = batches(rows, s.steps)
-    heads = train_exits(model, tuning, ExitHeads.of(model, list(s.exits), s.skipped), s.steps, s.lr, seed)
+    tuning = batches(rows, 2*s.steps)
+    heads = train_exits(model, tuning[:s.steps], ExitHeads.of(model, list(s.exits), s.skipped), s.steps, s.lr, seed)
     fills = fit_fills(model, heads, tuning[:64])
+    if s.skipped == "propagate": train_taking_exits(model, heads, tuning[s.steps:], s.steps, seed=seed)
     check = batches(validation, max(1, len(validation)//batch_size))
     floor, table = calibrate_tau(model, heads, check, s.agreement)
     ids = lambda r: [[t for t, l in zip(r["input_ids"], r["labels"]) if (l == -100) == asked] for asked in (True, False)] # prompt, program
