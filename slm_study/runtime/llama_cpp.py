@@ -77,7 +77,9 @@ class Llama:
         got = tuple(f(self.context) for f in (self.lib.llama_n_ctx, self.lib.llama_n_batch, self.lib.llama_n_ubatch, self.lib.llama_n_seq_max))
         if got[0] < want[0] or got[1:] != want[1:]: raise StudyError(f"xllamacpp: this build reads other parameters ({got} for {want}); install the version that settings.ini names")
         self.lib.llama_set_n_threads(self.context, threads, threads)
-        self.batch, self.width = self.lib.llama_batch_init(width, 0, 1), width
+        self.batch, self.width, self.views = self.lib.llama_batch_init(width, 0, 1), width, {}
+        self.token, self.position, self.wanted, ones = (np.ctypeslib.as_array(p, (width,)) for p in (self.batch.token, self.batch.pos, self.batch.logits, self.batch.n_seq_id)) # written to by every feed: as arrays, which costs least
+        ones[:], self.sequence = 1, [None]*width
 
     def close(self):
         if self.context: self.lib.llama_batch_free(self.batch); self.lib.llama_free(self.context)
@@ -93,8 +95,8 @@ class Llama:
         b = self.batch
         b.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):
-            b.token[i], b.pos[i], b.n_seq_id[i], b.logits[i] = token, position, 1, wanted
-            b.seq_id[i][0] = sequence
+            self.token[i], self.position[i], self.wanted[i] = token, position, wanted
+            if self.sequence[i] != sequence: b.seq_id[i][0] = self.sequence[i] = sequence
         if status := self.lib.llama_decode(self.context, b): raise StudyError(f"{self.path}: llama.cpp stopped ({status}): {_why()}")
 
     def logits(self,
@@ -102,7 +104,8 @@ class Llama:
     ) -> np.ndarray: # [vocab], a view that the next feed overwrites
         "Logits after one fed token."
         at = self.lib.llama_get_logits_ith(self.context, i)
-        return np.frombuffer((ctypes.c_float*self.size).from_address(at), np.float32)
+        if at not in self.views: self.views[at] = np.frombuffer((ctypes.c_float*self.size).from_address(at), np.float32)
+        return self.views[at]
 
     def clear(self): self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
