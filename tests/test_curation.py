@@ -10,6 +10,7 @@ from slm_study.curation.questions import AGGREGATES, held_out
 from slm_study.curation.slots import SLOT_COUNTS, SLOT_TOKENS, Column, fill_slots, program_to_slots, to_slots
 from slm_study.curation.sources import SOURCES, load_source
 from slm_study.curation.log_formats import FORMATS, HELD_OUT_FORMATS
+from slm_study.curation.variation import THESAURUS, telegraphic, vary
 from slm_study.curation.tasks import FAMILIES, LOG_FAMILIES, SCIENCE_FAMILIES, SPLITS, Task, families_of, make_task, run_reference, sample_pair, same_answer
 from slm_study.curation.worlds import WORLDS, all_names
 from slm_study.recipes import StudyError
@@ -231,3 +232,61 @@ def test_slots_can_be_switched_off():
 def test_aggregates_are_pandas_methods():
     import pandas as pd
     for name in AGGREGATES: assert getattr(pd.Series([1.0, 2.0, 4.0]), name)() > 0
+
+@pytest.mark.parametrize("family", ["top_values", "largest_rows", "groups_over", "log_top"])
+def test_n_binds_and_the_cut_is_no_tie(family):
+    for task in (make_task(i, split, (family,)) for split in ("iid", "phrasing") for i in range(6)):
+        wide = re.sub(r"(head|nlargest|nsmallest)\(\d+", r"\1(99999", re.sub("counts > \\d+", "counts > 0", task.program))
+        assert wide != task.program and not same_answer(task.answer, run_reference(wide, task.files, task.preamble)[1]), task.request
+        if "value_counts().head" not in task.program: continue
+        (counts,), = run_reference(wide, task.files, task.preamble)[0]
+        n = int(re.search(r"head\((\d+)", task.program)[1])
+        assert len(counts) > n and counts.iloc[n - 1] > counts.iloc[n], task.request
+
+@pytest.mark.parametrize("family, last", [("common_pair", "print(counts[counts == counts.max()].size)"), ("busiest_period", "print(counts[counts == counts.{f}()].size)")])
+def test_the_most_common_is_one(family, last):
+    for task in (make_task(i, "iid", (family,)) for i in range(8)):
+        *lines, end = task.program.strip().split("\n")
+        assert run_reference("\n".join([*lines, last.format(f="min" if "idxmin" in end else "max")]), task.files, task.preamble)[1] == "1\n", task.request
+
+def test_an_hour_of_the_day_is_called_so():
+    for split in ("train", "phrasing"):
+        pairs = [sample_pair(random.Random(i), split, (f,)) for i in range(60) for f in ("per_period", "period_aggregate", "busiest_period", "period_share")]
+        for request, _, _, program, *_ in pairs: assert bool(re.search("hours?.of.the.day", request, re.I)) == ("dt.hour" in program), request
+
+@pytest.mark.parametrize("value, digits, right, wrong", [
+    (0.346, 3, ("0.346", "0.34567", "0.3460"), ("0.35", "0.3", "34.6", "34.567", "0.3466", "0.347", "0.346 0.346")),
+    (14.29, 2, ("14.29", "14.2857142", "14.286"), ("14.3", "14", "0.142857", "14.296", "14.28")),
+    (2.5, 3, ("2.5", "2.50", "2.50049"), ("2.504", "3", "2")),
+    (250_000.125, 3, ("250000.125",), ("250000.2", "250000"))])
+def test_more_decimals_are_right_and_fewer_are_not(value, digits, right, wrong):
+    for kind, v, write in (("number", value, "{}"), ("list", [value, 7.125], "[{}, 7.125]"), ("table", [["a b", value], ["c", 7.125]], "a b {}\nc 7.125")):
+        for texts, expected in ((right, True), (wrong, False)):
+            for text in texts: assert same_answer(dict(kind=kind, value=v, digits=digits), write.format(text)) is expected, (kind, value, text)
+
+def test_a_list_has_an_order_where_one_is_asked_for():
+    for ordered in (True, False):
+        for value, other in (([1, 2, 2], "[2, 1, 2]"), (["x", "y z"], "['y z', 'x']")): assert same_answer(dict(kind="list", value=value, ordered=ordered), other) is not ordered
+        for wrong in ("[1, 2]", "[1, 1, 2]", "[1, 2, 2, 2]", "[1, 2, 3]", "{1, 2}"): assert not same_answer(dict(kind="list", value=[1, 2, 2], ordered=ordered), wrong)
+    for task in (make_task(i, "iid", ("list_values",)) for i in range(5)): assert task.answer["ordered"] == bool(re.search(r"\bsorted|in order", task.request, re.I)), task.request
+
+def test_words_that_name_an_operation_survive_rewording():
+    ways = {way: group for group in THESAURUS for way in group if "{" not in way}
+    texts = {"median C0 per C1": ("median", "per"), "rolling mean of C0 over N0 rows": ("rolling", "mean", "over"), "number of unique C0 per hour of the day": ("unique", "per", "hour", "day"), "share in percent of rows": ("share", "percent"),
+             "the N0 lowest C0, lowest first": ("lowest", "first"), "total C0 for each C1, except for V0": ("total", "for each", "except"), "line plot of C0 over C1, print saved F0": ("line", "plot", "over", "saved"),
+             "standard deviation of C0 where C1 is above N0 and not V0": ("standard deviation", "above N0", "not"), "random walk of N0 steps, default_rng seed N1: final position": ("walk", "steps", "default_rng", "final")}
+    for text, names in texts.items():
+        for i in range(300):
+            for said, groups in ((telegraphic(random.Random(i), text), {}), (vary(random.Random(i), text), ways)):
+                for name in names:
+                    if name.endswith("N0"): group = [w.replace("{n}", "N0") for g in THESAURUS if "above {n}" in g for w in g] if groups else [name]
+                    else: group = groups.get(name, (name,))
+                    assert any(set(w.split()) <= set(re.findall(r"[\w-]+", said)) for w in group), (text, said, name)
+
+def test_no_way_of_saying_stands_in_two_groups_of_other_meaning():
+    seen = {}
+    for group in THESAURUS:
+        for way in group: seen.setdefault(way, []).append(group)
+    shared = {way for way, groups in seen.items() if len(groups) > 1}
+    assert shared <= {"greatest"} and not {"total", "top", "over", "scatter", "min", "hour", "day", "range", "error", "cluster"} & shared
+    assert not {"top", "over", "scatter", "min", "hour", "day", "daily", "range", "error", "cluster", "rank", "change"} & set(seen)

@@ -16,16 +16,16 @@ _family = functools.partial(family, registry=SCIENCE_FAMILIES)
 
 # %% ../../nbs/10_curation/05c_inference_tasks.ipynb #6c07d924
 @_family(3, "category number", """
-    t-test of {x} between {v} and {w}{where}: {what}
+    Welch's t-test of {x} between {v} and {w}{where}: {what}
     Welch's t-test of {x}, {v} against {w}{where}: what is the {what}?
-    [compute|run] a t-test comparing {x} of {v} and {w}{where} and print the {what}
-    {what} of a t-test on {x} for {v} versus {w}{where}
-    do {v} and {w} differ in {x}{where}? print the {what} of a t-test
-    [print|give me] the {what} (t-test) for {x} of {v} and {w}{where}
-    two sample t-test, {x}, groups {v} and {w}{where}, {what}
-    compare the {x} of {v} with {w} by a t-test{where} and [show|print] the {what}
+    [compute|run] Welch's t-test comparing {x} of {v} and {w}{where} and print the {what}
+    {what} of Welch's t-test on {x} for {v} versus {w}{where}
+    do {v} and {w} differ in {x}{where}? print the {what} of Welch's t-test, {v} first
+    [print|give me] the {what} (Welch's t-test) for {x} of {v} and {w}{where}
+    Welch's two sample t-test, {x}, groups {v} and {w}{where}, {what}
+    compare the {x} of {v} with {w} by Welch's t-test{where} and [show|print] the {what}
     is the {x} of {v} really another than that of {w}{where}? the {what} of Welch's test
-    {v} or {w}, does it matter for {x}{where}: a t-test's {what}""")
+    {v} or {w}, does it matter for {x}{where}: the {what} of Welch's t-test, {v} first""")
 def t_test(q):
     c, x, (what, f) = q.take("category"), q.take("number"), q.rng.choice((("p-value", "pvalue"), ("t statistic", "statistic")))
     v, w = q.rng.sample(c.values, 2)
@@ -94,13 +94,13 @@ def rank_correlation(q):
     {n} % confidence interval for the mean of {x}{where}
     what is the {n} percent confidence interval of the mean {x}{where}?
     [compute|find] a {n} % confidence interval of mean {x}{where}
-    mean {x}{where} with its {n} % interval, lower and upper bound
-    confidence interval, {x}{where}, {n} %
-    [print|give me] the {n} % interval for the mean {x}{where}
-    lower and upper {n} % bound of the mean of {x}{where}
-    use Student's t for a {n} % interval of the mean {x}{where}
+    mean {x}{where}, with its {n} % confidence interval, lower and upper bound
+    confidence interval, mean {x}{where}, {n} %
+    [print|give me] the {n} % confidence interval for the mean {x}{where}
+    lower and upper {n} % confidence bound of the mean of {x}{where}
+    use Student's t for a {n} % confidence interval of the mean {x}{where}
     between which limits does the mean {x} lie{where}, with {n} % confidence
-    how sure are we of the mean {x}{where}? bounds at {n} %""")
+    how sure are we of the mean {x}{where}? confidence bounds at {n} %""", ordered=True)
 def confidence_interval(q):
     x, n = q.take("number"), q.number(q.rng.choice((80, 90, 95, 98, 99, 85)))
     where, lines, rows = filtered(q, 0.5)
@@ -109,16 +109,16 @@ def confidence_interval(q):
 
 # %% ../../nbs/10_curation/05c_inference_tasks.ipynb #ae09ab06
 @_family(3, "number", """
-    bootstrap {n} % interval of the {agg} {x}{where}, {k} samples, seed {s}
-    bootstrap the {agg} of {x}{where} with {k} resamples and seed {s}: {n} % interval?
-    [compute|find] a {n} % bootstrap interval for the {agg} {x}{where} ({k} resamples, seed {s})
-    resample {x}{where} {k} times with seed {s} and print the {n} % interval of the {agg}
-    {n} % bootstrap confidence interval, {agg} of {x}{where}, {k} draws, seed {s}
-    [print|give me] the bootstrap bounds ({n} %) of the {agg} {x}{where} from {k} samples with seed {s}
-    with seed {s} and {k} bootstrap samples, between what do {n} % of the {agg} {x} lie{where}
-    how certain is the {agg} {x}{where}? bootstrap {k} times, seed {s}, {n} % bounds
-    draw {x} anew {k} times{where}, seed {s}, and cut the {agg} values at the middle {n} %
-    error bars of {n} % on the {agg} {x}{where} by {k} resamplings under seed {s}""")
+    bootstrap {n} % interval of the {agg} {x}{where}, {k} samples, default_rng seed {s}
+    bootstrap with {k} resamples and default_rng seed {s} the {agg} of {x}{where}: {n} % interval?
+    [compute|find] a {n} % bootstrap interval ({k} resamples, default_rng seed {s}) for the {agg} {x}{where}
+    resample {k} times with default_rng seed {s} and print the {n} % interval of the {agg} {x}{where}
+    {n} % bootstrap confidence interval, {agg} of {x}{where}, {k} draws, default_rng seed {s}
+    [print|give me] the bootstrap bounds ({n} %) from {k} samples with default_rng seed {s}, of the {agg} {x}{where}
+    with default_rng seed {s} and {k} bootstrap samples, between what do {n} % of the {agg} {x} lie{where}
+    how certain is the {agg} {x}{where}? bootstrap {k} times, default_rng seed {s}, {n} % bounds
+    draw {k} times anew, default_rng seed {s}, and cut the {agg} values of {x}{where} at the middle {n} %
+    error bars of {n} % by {k} resamplings under default_rng seed {s} on the {agg} {x}{where}, lower and upper end""", ordered=True)
 def bootstrap(q):
     q.reserve(0.5, 200)
     x, d, agg = q.take("number"), draws(q, n=(80, 90, 95, 98), k=range(200, 1000, 50), s=SEEDS), q.rng.choice(("mean", "median"))
@@ -131,15 +131,15 @@ def bootstrap(q):
 # %% ../../nbs/10_curation/05c_inference_tasks.ipynb #86617ecc
 @_family(3, "number number", """
     R2 of a polynomial of degree {n} for {b} against {a}{where}
-    fit {b} over {a}{where} by a polynomial of degree {n} and print R2
+    fit {b} over {a} by a polynomial of degree {n}{where} and print R2
     how well does a degree {n} polynomial of {a} explain {b}{where}? R squared
     [compute|find] R squared of a degree {n} fit of {b} on {a}{where}
     polynomial fit, degree {n}, {b} versus {a}{where}, R2
     [print|give me] the R2 of {b} fitted by a polynomial in {a} of degree {n}{where}
     degree {n} polynomial regression of {b} on {a}{where}: R2
     what R2 has the degree {n} least squares polynomial of {b} over {a}{where}
-    share of the variance in {b} caught by a curve of degree {n} in {a}{where}
-    bend a curve of degree {n} through {b} against {a}{where}; how good is it, as R squared""")
+    share of the variance in {b} caught by a polynomial curve of degree {n} in {a}{where}, as R2
+    bend a polynomial of degree {n} through {b} against {a}{where}; how good is it, as R squared""")
 def polynomial_fit(q):
     a, b, n = q.take("number"), q.take("number"), q.number(q.rng.choice((2, 4, 5)))
     where, lines, rows = filtered(q, 0.35, 0)
@@ -151,13 +151,13 @@ def polynomial_fit(q):
     histogram counts of {x} in {n} bins{where}
     how many {x} fall into each of {n} equal bins{where}?
     [compute|print] the counts of a histogram of {x} with {n} bins{where}
-    bin {x} into {n} bins{where} and [show|print] the counts
+    bin {x} into {n} equal bins{where} and [show|print] the counts
     histogram of {x}{where}, {n} bins, counts only
     [give me|list] the {n} bin counts of {x}{where}
     split the range of {x} into {n} equal parts{where} and count each
     what are the histogram counts for {x} with {n} bins{where}
-    sort {x} into {n} drawers of equal width{where}; how full is each
-    shape of {x}{where} in numbers: {n} bins""")
+    sort {x} into {n} drawers of equal width{where}; how full is each, in order
+    shape of {x}{where} in counts: {n} equal bins""", ordered=True)
 def histogram_counts(q):
     x, n = q.take("number"), q.few()
     where, lines, rows = filtered(q, 0.5)
@@ -166,16 +166,16 @@ def histogram_counts(q):
 
 # %% ../../nbs/10_curation/05c_inference_tasks.ipynb #a1c7e7de
 @_family(3, "number number number", """
-    PCA of {a}, {b} and {c}: percentage of variance explained by the first component
-    what percentage of the variance does the first principal component of {a}, {b}, {c} explain?
+    PCA of standardised {a}, {b} and {c}: percentage of variance explained by the first component
+    what percentage of the variance does the first principal component of standardised {a}, {b}, {c} explain?
     [compute|run] a PCA on {a}, {b} and {c} (standardised) and print the first explained variance in percent
     explained variance of the first component, PCA on standardised {a}, {b}, {c}, in percent
-    PCA {a} {b} {c}, first component, percent
-    [print|give me] how many percent the first principal component of {a}, {b} and {c} explains
-    standardise {a}, {b}, {c}, do a PCA and print the share of the first component in percent
-    principal components of {a}, {b} and {c}: percent of variance in the first
-    how far can {a}, {b} and {c} be squeezed into one axis, in percent of their variance
-    weight of the leading axis of {a}, {b}, {c} after scaling, percent""")
+    PCA, standardised {a} {b} {c}, first component, percent
+    [print|give me] how many percent of the variance the first principal component of standardised {a}, {b} and {c} explains
+    standardise {a}, {b}, {c}, do a PCA and print the explained variance of the first component in percent
+    principal components of standardised {a}, {b} and {c}: percent of variance in the first
+    how far can standardised {a}, {b} and {c} be squeezed into one axis, in percent of their variance
+    weight of the leading axis of {a}, {b}, {c} after scaling, percent of the variance""")
 def pca_variance(q):
     a, b, c = (q.take("number") for _ in range(3))
     where, lines, rows = filtered(q, 0.3, 0)
@@ -190,16 +190,16 @@ _MODELS = {"decision tree": ("max_depth={n}, random_state={s}", "from sklearn.tr
            "random forest": ("n_estimators={n}, random_state={s}", "from sklearn.ensemble import RandomForestClassifier", "a random forest of {n} trees")}
 
 @_family(3, "category number number", """
-    accuracy of {model} that predicts {c} from {a} and {b}, seed {s}
-    predict {c} from {a} and {b} with {model}, random state {s}: what accuracy?
-    [train|fit] {model} for {c} on {a} and {b} (random_state {s}) and print the test accuracy
-    classify {c} by {a} and {b} using {model}, seed {s}, and print the accuracy
-    {model}, features {a} and {b}, target {c}, seed {s}: accuracy
+    test accuracy of {model} that predicts {c} from {a} and {b}, seed {s}
+    predict {c} from {a} and {b} with {model}, seed {s}: what test accuracy?
+    [train|fit] {model} for {c} on {a} and {b} (seed {s}) and print the test accuracy
+    classify {c} by {a} and {b} using {model}, seed {s}, and print the test accuracy
+    {model}, features {a} and {b}, target {c}, seed {s}: test accuracy
     [print|give me] the test accuracy of {model} for {c} given {a} and {b}, seed {s}
-    split with random state {s}, train {model} on {a} and {b}, and report the accuracy for {c}
-    how well can {model} tell {c} from {a} and {b}? seed {s}
-    can {a} and {b} give {c} away? hit rate of {model}, seed {s}
-    share of {c} that {model} gets right out of {a} and {b}, seed {s}""")
+    split with seed {s}, train {model} on {a} and {b}, and report the test accuracy for {c}
+    how well can {model} tell {c} from {a} and {b}? test accuracy, seed {s}
+    can {a} and {b} give {c} away? test accuracy of {model}, seed {s}
+    how accurately on test data does {model} get {c} right out of {a} and {b}, seed {s}""")
 def classify(q):
     c, a, b = q.take("category"), q.take("number"), q.take("number")
     kind = q.rng.choice(tuple(_MODELS))
@@ -210,16 +210,16 @@ def classify(q):
              f"model = {line.split()[-1]}({params.format(**d)}).fit(x1, y1)", "print(round(model.score(x2, y2), 3))"])
 
 @_family(3, "number number", """
-    k-means of {a} and {b}{where} with {n} clusters, seed {s}: sorted cluster sizes
-    cluster {a} and {b}{where} into {n} groups (k-means, random state {s}): how large are they?
-    [run|do] k-means with {n} clusters on {a} and {b}{where}, seed {s}, and print the sorted sizes
-    sizes of {n} k-means clusters of {a} and {b}{where}, seed {s}
-    KMeans {n} on {a}, {b}{where}, random_state {s}, cluster sizes
-    [print|give me] the sizes of {n} clusters from k-means on {a} and {b}{where}, seed {s}
-    split the [rows|entries] into {n} clusters by {a} and {b}{where} (seed {s}) and print their sizes in order
-    group by similarity in {a} and {b}{where}: {n} clusters, seed {s}, sorted sizes
-    which group sizes come out if {a} and {b} are partitioned into {n} by k-means{where}, seed {s}
-    find {n} clouds of points in {a} and {b}{where}, seed {s}; how many points each, in order""")
+    k-means with {n} clusters of {a} and {b}{where}, n_init 8, seed {s}: sorted cluster sizes
+    cluster into {n} groups (k-means, n_init 8, seed {s}) {a} and {b}{where}: how large are they?
+    [run|do] k-means with {n} clusters on {a} and {b}{where}, n_init 8, seed {s}, and print the sorted sizes
+    sizes of {n} k-means clusters of {a} and {b}{where}, n_init 8, seed {s}
+    KMeans {n} on {a}, {b}{where}, n_init 8, seed {s}, cluster sizes
+    [print|give me] the sizes of {n} clusters from k-means on {a} and {b}{where}, n_init 8, seed {s}
+    split the [rows|entries] into {n} k-means clusters (n_init 8, seed {s}) by {a} and {b}{where} and print their sizes in order
+    k-means, group by similarity in {a} and {b}{where}: {n} clusters, n_init 8, seed {s}, sorted sizes
+    which group sizes come out if {a} and {b}{where} are partitioned into {n} by k-means, n_init 8, seed {s}
+    find {n} clouds of points by k-means in {a} and {b}{where}, n_init 8, seed {s}; how many points each, in order""")
 def cluster_sizes(q):
     q.reserve(8)
     a, b, d = q.take("number"), q.take("number"), draws(q, n=(2, 4, 5, 6, 7), s=SEEDS)
@@ -230,12 +230,12 @@ def cluster_sizes(q):
 
 # %% ../../nbs/10_curation/05c_inference_tasks.ipynb #9a66d977
 @_family(2, "number category", """
-    how many outliers has {x}{where} by the {n} IQR rule?
+    by the {n} IQR rule, how many outliers has {x}{where}?
     count the {x} values more than {n} IQR outside the quartiles{where}
     number of outliers in {x}{where}, {n} times the interquartile range
-    [find|count] the IQR outliers of {x}{where} with factor {n}
-    IQR outliers of {x}{where}, factor {n}
-    [print|give me] the number of {x} outliers{where} beyond {n} IQR
+    [count|tell me how many are] the IQR outliers with factor {n} of {x}{where}
+    number of IQR outliers of {x}{where}, factor {n}
+    [print|give me] the number of {x} outliers beyond {n} IQR{where}
     Tukey's fences with {n} on {x}{where}: how many are outside
     flag {x} by the interquartile range{where}, factor {n}, and print how many are flagged
     boxplot whiskers at {n} times the box for {x}{where}: the number of lone points
@@ -251,7 +251,7 @@ def iqr_outliers(q):
     {agg} {y} of the outliers in {a} and {b}, isolation forest, contamination {p}, seed {s}
     find outliers in {a} and {b} by an isolation forest (contamination {p}, seed {s}): what is their {agg} {y}?
     [run|use] an isolation forest on {a} and {b} with contamination {p} and seed {s}, then print the {agg} {y} of the outliers
-    isolation forest, {a} and {b}, contamination {p}, random state {s}: {agg} {y} of the flagged [rows|entries]
+    isolation forest, {a} and {b}, contamination {p}, seed {s}: {agg} {y} of the flagged [rows|entries]
     IsolationForest {a} {b}, contamination {p}, seed {s}, {agg} {y} of outliers
     [print|give me] the {agg} {y} among isolation forest outliers of {a} and {b}, contamination {p}, seed {s}
     detect anomalies in {a} and {b} (isolation forest, contamination {p}, seed {s}) and print their {agg} {y}

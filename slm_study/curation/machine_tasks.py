@@ -51,15 +51,15 @@ def distinct_per_group(q):
     return dict(a=say_column(q.rng, a), c=say_column(q.rng, c), where=where), [*lines, f"print({rows}.groupby({c.name!r})[{a.name!r}].nunique())"]
 
 @_family(2, "category number", """
-    [share|percentage] of the total {x} [per|by|for each] {c}{where}
+    [share in percent|percentage] of the total {x} [per|by|for each] {c}{where}
     what percentage of all {x} comes from each {c}{where}?
     [split|break down] the total {x} by {c}{where}, in percent
     percent of total {x} per {c}{where}
-    for each {c}, its [share|percentage] of the summed {x}{where}
-    [show|print] how much of the {x} every {c} takes{where}, in percent
-    how is {x} divided among the {c}{where}? percentages
+    for each {c}, its [share in percent|percentage] of the summed {x}{where}
+    [show|print] how much of the total {x} every {c} takes{where}, in percent
+    how is the total {x} divided among the {c}{where}? percentages
     [compute|give me] the contribution of each {c} to total {x}{where} in percent
-    who uses how much of the {x}{where}: percentages by {c}
+    who uses how much of the total {x}{where}: percentages by {c}
     relative weight of every {c} in the sum of {x}{where}, as percent""")
 def group_portion(q):
     c, x = q.take("category"), q.take("number")
@@ -76,7 +76,7 @@ def group_portion(q):
     what {a} and {c} [go|appear] together most often{where}
     top pair of {a} and {c}{where}
     [give me|tell me] the commonest pair of {a} and {c}{where}
-    count pairs of {a} and {c}{where} and print the largest
+    count pairs of {a} and {c}{where} and name the most common
     taken together, which {a} with which {c} do we meet most{where}
     the single busiest pairing of {a} with {c}{where}""")
 def common_pair(q):
@@ -88,7 +88,7 @@ def common_pair(q):
 @_family(2, "category category", """
     cross table of {a} and {c}{where}
     cross-tabulate {a} [against|with|by] {c}{where}
-    [pivot|crosstab] {a} by {c}{where}
+    [pivot the counts of|crosstab] {a} by {c}{where}
     [show|print|make] a table of counts, {a} in rows and {c} in columns{where}
     how many [rows|entries] for each {a} and {c}{where}? as a cross table
     contingency table of {a} and {c}{where}
@@ -129,15 +129,15 @@ def group_top_row(q):
     {ply} {agg} {x}{where}
     [show|print|compute] the {agg} {x} for each {p}{where}
     group by {p} and [show|give] the {agg} {x}{where}
-    resample to one value per {p}{where}, the {agg} {x}
+    reduce to one value per {p}{where}, the {agg} {x}
     [give me|I need] the {agg} {x} for every {p}{where}
-    how does the {agg} {x} change from {p} to {p}{where}
-    along the {p}s, what {agg} {x} do we get{where}
-    profile over the {p}s{where}, each with its {agg} {x}""")
+    how does the {agg} {x} look over the {ps}{where}
+    along the {ps}, what {agg} {x} do we get{where}
+    profile over the {ps}{where}, each with its {agg} {x}""")
 def period_aggregate(q):
-    t, x, (f, agg), (p, ply) = q.take("time"), q.take("number"), say_aggregate(q, ("mean", "sum", "max", "min", "median")), say_period(q)
+    t, x, (f, agg), (p, ps, ply) = q.take("time"), q.take("number"), say_aggregate(q, ("mean", "sum", "max", "min", "median")), say_period(q)
     where, lines, rows = filtered(q, 0.35)
-    return (dict(agg=agg, x=say_column(q.rng, x), p=p, ply=ply, where=where),
+    return (dict(agg=agg, x=say_column(q.rng, x), p=p, ps=ps, ply=ply, where=where),
             [*lines, f"print({rows}.groupby({rows}[{t.name!r}].{PERIODS[p]})[{x.name!r}].{f}().round(3))"])
 
 @_family(2, "time category", """
@@ -148,30 +148,30 @@ def period_aggregate(q):
     by number of [rows|events], which {p} has the {ext}{where}
     [tell me|give me] the {p} where we see the {ext} [rows|entries]{where}
     {ext} [rows|events]{where}: which {p}
-    count by {p}{where} and name the one with the {ext}
+    count [rows|entries]{where} by {p} and name the one with the {ext}
     at which {p} do the {ext} [entries|rows] fall{where}
-    looking at {p}s only, where are the {ext} [rows|entries]{where}""")
+    looking at {ps} only, which has the {ext} [rows|entries]{where}""")
 def busiest_period(q):
-    t, (p, _), (ext, f) = q.take("time"), say_period(q), q.rng.choice((("most", "idxmax"), ("most", "idxmax"), ("fewest", "idxmin")))
+    t, (p, ps, _), (ext, f) = q.take("time"), say_period(q), q.rng.choice((("most", "idxmax"), ("most", "idxmax"), ("fewest", "idxmin")))
     q.combine(f"pick {f}")
     where, lines, rows = filtered(q, 0.7)
-    return dict(p=p, ext=ext, where=where), [*lines, f"counts = {rows}[{t.name!r}].{PERIODS[p]}.value_counts().sort_index()", f"print(counts.{f}())"]
+    return dict(p=p, ps=ps, ext=ext, where=where), [*lines, f"counts = {rows}[{t.name!r}].{PERIODS[p]}.value_counts().sort_index()", f"print(counts.{f}())"]
 
 @_family(3, "time category number", """
-    [share|percentage] of [rows|entries]{cond} [per|by|for each] {p}
-    for each {p}, what percentage of [rows|records] are{cond}?
-    {ply} percentage of [rows|records]{cond}
-    [compute|show|print] per {p} the [share|percentage] of [rows|entries]{cond}
-    how many percent of each {p} are [rows|entries]{cond}
-    [give me|show] the rate of [rows|records]{cond} per {p}, in percent
-    rate{cond} by {p}
-    compare the {p}s by the percentage of [rows|entries]{cond}
-    over the {p}s, how large a part in percent are [rows|entries]{cond}
-    development of the portion{cond}, {p} by {p}, in percent""")
+    within each {p}, the [share in percent|percentage] of [rows|entries]{cond}
+    for each {p}, what percentage of its [rows|records] are those{cond}?
+    {ply} percentage, within each, of [rows|records]{cond}
+    [compute|show|print] per {p} the [share in percent|percentage] of its [rows|entries]{cond}
+    how many percent of the [rows|entries] of each {p} are [rows|entries]{cond}
+    [give me|show] the rate of [rows|records]{cond} within each {p}, in percent
+    rate in percent of [rows|entries]{cond}, out of all of the same {p}
+    compare the {ps} by the percentage of their [rows|entries]{cond}
+    over the {ps}, how large a part of each in percent are [rows|entries]{cond}
+    development over the {ps} of the portion of their [rows|entries]{cond}, in percent""")
 def period_share(q):
-    t, (p, ply) = q.take("time"), say_period(q)
+    t, (p, ps, ply) = q.take("time"), say_period(q)
     phrase, code = condition(q)
-    return dict(p=p, ply=ply, cond=" " + phrase), [f"share = ({code}).groupby(df[{t.name!r}].{PERIODS[p]}).mean() * 100", "print(share.round(3))"]
+    return dict(p=p, ps=ps, ply=ply, cond=" " + phrase), [f"share = ({code}).groupby(df[{t.name!r}].{PERIODS[p]}).mean() * 100", "print(share.round(3))"]
 
 # %% ../../nbs/10_curation/05a_machine_tasks.ipynb #e2301c93
 @_family(3, "time number", """
@@ -180,7 +180,7 @@ def period_share(q):
     [compute|print|find] the {ext} {n} point [moving average|rolling mean] of {x}{where}
     rolling mean of {x}{where}, window {n}: the {ext} value
     [smooth|average] {x} over {n} [rows|readings]{where} and [print|show] the {ext}
-    {ext} value of {x}{where} after a rolling mean of {n}
+    {ext} value of {x}{where}, after a rolling mean of {n}
     in {t} order, the {ext} rolling mean of {n} {x} values{where}
     window of {n}, rolling mean of {x}{where}, {ext}
     how far does the {n} [row|reading] running average of {x} go{where}? the {ext}
@@ -199,7 +199,7 @@ def rolling(q):
     [find|print|show] how many times {x} goes from below to above {n}{where}
     {x} crossing {n} from below{where}: how often
     in {t} order, how many times does {x} climb over {n}{where}
-    [threshold crossings|upcrossings] of {x} at {n}{where}
+    [upward threshold crossings|upcrossings] of {x} at {n}{where}, how many
     [tell me|count] how often {x} passes {n} on the way up{where}
     alarms if {x} starts to exceed {n}{where}: how many would there be
     how frequently was the limit {n} newly broken by {x}{where}""")
@@ -232,12 +232,12 @@ def changes(q):
 @_family(3, "time category", """
     how many sessions are there if {m} minutes of silence end one{where}?
     count sessions{where}, a new one after {m} minutes without [rows|entries]
-    number of sessions{where} with a timeout of {m} minutes
+    with a timeout of {m} minutes, number of sessions{where}
     split the [rows|events] into sessions at gaps over {m} minutes{where} and [print|show] how many
     sessions ({m} min gap){where}
     [find|compute] the number of sessions{where}, gap {m} minutes
     a pause over {m} minutes starts a new session: how many sessions{where}
-    [give me|tell me] the session count{where} for a {m} minute timeout
+    for a {m} minute timeout [give me|tell me] the session count{where}
     cut wherever nothing came for {m} minutes{where}; how many pieces result
     into how many visits do the [rows|entries] fall{where}, allowing pauses up to {m} minutes""")
 def sessions(q):
@@ -296,14 +296,14 @@ def missing_by(q):
     return dict(x=say_column(q.rng, x), c=say_column(q.rng, c), where=where), [*lines, f"print({rows}[{x.name!r}].isna().groupby({rows}[{c.name!r}]).sum())"]
 
 @_family(2, "category number", """
-    {agg} {x}{where} after dropping duplicate [rows|records]
+    {agg} {x}{where}, after dropping duplicate [rows|records]
     drop duplicate [rows|entries], then [print|show|give me] the {agg} {x}{where}
     without duplicates, what is the {agg} {x}{where}?
     [remove|drop] repeated [rows|records] and compute the {agg} {x}{where}
     {agg} {x}{where}, each [row|record] counted once
     deduplicate, then {agg} {x}{where}
-    [compute|find] the {agg} {x}{where} ignoring repeated [rows|records]
-    the {agg} {x}{where} once duplicate [rows|entries] are gone
+    [compute|find] the {agg} {x}{where}, ignoring repeated [rows|records]
+    the {agg} {x}{where}, once duplicate [rows|entries] are gone
     some [rows|records] came twice; clean that up and report the {agg} {x}{where}
     {agg} {x}{where}, with doubled [rows|records] left out""", dirty=True)
 def without_duplicates(q):

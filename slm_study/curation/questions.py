@@ -199,6 +199,12 @@ def family(
     return add
 
 ALTERNATIVES = re.compile(r"\[([^\]]*)\]")
+_ROWS = re.compile(r"(?:rows?|records?|entry|entries|lines?|events?|readings?|everything|data)$", re.I)
+
+def _attach(wording, where, rng):
+    "A filter that begins with whose or having follows a word for rows"
+    if not where.startswith((" whose", " having")) or _ROWS.search(wording.partition("{where}")[0]): return wording
+    return wording.replace("{where}", rng.choice((" of rows", " of entries", " in rows", " in records")) + "{where}")
 
 def word(
     rng:random.Random, # the only source of chance
@@ -208,7 +214,8 @@ def word(
 )-> str: # the request
     "Say it in one of the ways, with or without a capital and a full stop."
     wordings = family.wordings[-2:] if split == "phrasing" else family.wordings[:-2]
-    text = ALTERNATIVES.sub(lambda m: rng.choice(m[1].split("|")), rng.choice(wordings)).format(**fields).strip().rstrip("?.")
+    text = ALTERNATIVES.sub(lambda m: rng.choice(m[1].split("|")), rng.choice(wordings))
+    text = _attach(text, fields.get("where", ""), rng).format(**fields).strip().rstrip("?.")
     if rng.random() < 0.35: text = text[0].upper() + text[1:]
     asks = re.match("how|what|which|when|do|is|can|could", text, re.I)
     return text + rng.choice(("", "?") if asks else ("", "", "."))

@@ -48,7 +48,7 @@ def grid(
     how remote is an object whose parallax comes to {p} mas, {u} please
     turn {p} mas of parallax into {u}""")
 def parallax_distance(q):
-    (u, factor), d = q.rng.choice((("parsec", ""), ("light years", " * 3.2616"))), draws(q, p=grid(1.2, 99, 1, 400))
+    (u, factor), d = q.rng.choice((("parsec", ""), ("light years (3.2616 to a parsec)", " * 3.2616"))), draws(q, p=grid(1.2, 99, 1, 400))
     return d | dict(u=u), [f"distance = 1000 / {d['p']}{factor}", "print(round(distance, 3))"]
 
 @_family(1, wordings="""
@@ -68,12 +68,12 @@ def absolute_magnitude(q):
 
 @_family(1, wordings="""
     orbital period in years at {a} AU around a star of {m} solar masses
-    Kepler's third law: period for a semi-major axis of {a} AU and {m} solar masses?
-    [compute|calculate] the orbital period of a planet {a} AU from a star of mass {m}
-    how long does a planet at {a} AU take to go round a star of {m} solar masses
-    period in years, a {a} AU, star mass {m}
+    Kepler's third law: period in years for a semi-major axis of {a} AU and {m} solar masses?
+    [compute|calculate] the orbital period in years of a planet {a} AU from a star of {m} solar masses
+    how many years does a planet at {a} AU take to go round a star of {m} solar masses
+    period in years, a {a} AU, star mass {m} suns
     [print|give me] the year of a planet at {a} AU around a {m} solar mass star
-    a planet orbits a star of {m} solar masses at {a} AU; print its period
+    a planet orbits a star of {m} solar masses at {a} AU; print its period in years
     semi-major axis {a} AU, stellar mass {m}: orbital period in years
     once round a sun {m} times as heavy as ours, {a} AU out: how many years
     how many years last an orbit of {a} AU if the star weighs {m} suns""")
@@ -84,47 +84,47 @@ def kepler_period(q):
 
 # %% ../../nbs/10_curation/05b_science_tasks.ipynb #329ca9fb
 @_family(1, wordings="""
-    peak wavelength in nm of a blackbody at {t} K
-    at which wavelength (nm) does a blackbody of {t} K shine brightest?
-    [compute|calculate] the blackbody peak in nanometres for {t} kelvin
-    Wien's law for {t} K, in nm
-    a star has a surface of {t} K: peak wavelength in nm
-    [print|give me] the wavelength of maximum emission at {t} K in nm
-    blackbody peak, temperature {t} K, nanometres
-    where does the spectrum of a {t} K blackbody peak, in nm
-    colour maximum in nm of something glowing at {t} K
-    most intense wavelength from a body heated to {t} kelvin, nm""")
+    peak wavelength in nm of a blackbody at {t} K, Wien's b 2897771.955 nm K
+    at which wavelength (nm) does a blackbody of {t} K shine brightest, Wien's b 2897771.955 nm K
+    [compute|calculate] the blackbody peak in nanometres for {t} kelvin, Wien's b 2897771.955 nm K
+    Wien's law for {t} K, in nm, Wien's b 2897771.955 nm K
+    a star has a surface of {t} K: peak wavelength in nm, Wien's b 2897771.955 nm K
+    [print|give me] the wavelength of maximum emission at {t} K in nm, Wien's b 2897771.955 nm K
+    blackbody peak, temperature {t} K, nanometres, Wien's b 2897771.955 nm K
+    where does the spectrum of a {t} K blackbody peak, in nm, Wien's b 2897771.955 nm K
+    colour maximum in nm of something glowing at {t} K, Wien's b 2897771.955 nm K
+    most intense wavelength from a body heated to {t} kelvin, nm, Wien's b 2897771.955 nm K""")
 def blackbody_peak(q):
     d = draws(q, t=range(610, 29_000, 10))
     return d, [f"peak = 2897771.955 / {d['t']}", "print(round(peak, 3))"]
 
 # %% ../../nbs/10_curation/05b_science_tasks.ipynb #41b98622
 @_family(1, wordings="""
-    simulate the radioactive decay of {n} nuclei, decay probability {p} per step, {t} steps, seed {s}: how many are left?
-    radioactive decay: {n} atoms, probability {p}, {t} steps, seed {s}. print the number that remain
-    [start with|take] {n} nuclei that decay with probability {p} in each of {t} steps (seed {s}) and print the survivors
-    how many of {n} atoms survive {t} steps if each decays with probability {p}? use seed {s}
-    decay simulation with {n} nuclei, p {p}, steps {t}, seed {s}
-    with seed {s}, let {n} unstable nuclei decay for {t} steps at probability {p} and [show|print] what is left
-    Monte Carlo decay of {n} nuclei at {p} per step over {t} steps, random seed {s}
-    nuclei: {n}, decay probability: {p}, steps: {t}, seed: {s}. number left after the decay
-    what remains of {n} atoms once {t} rounds of decay at {p} each have passed, seed {s}
-    a sample of {n} nuclei loses a fraction {p} at random, {t} times over; remaining count for seed {s}""")
+    simulate the radioactive decay of {n} nuclei, binomial decay probability {p} per step, {t} steps, default_rng seed {s}: how many are left?
+    radioactive decay: {n} atoms, binomial, probability {p}, {t} steps, default_rng seed {s}. print the number that remain
+    [start with|take] {n} nuclei that decay binomially with probability {p} in each of {t} steps (default_rng seed {s}) and print the survivors
+    how many of {n} atoms survive {t} steps if each decays with probability {p}, drawn binomially? use default_rng seed {s}
+    binomial decay simulation with {n} nuclei, p {p}, steps {t}, default_rng seed {s}
+    with default_rng seed {s}, let {n} unstable nuclei decay for {t} steps at binomial probability {p} and [show|print] what is left
+    binomial Monte Carlo decay of {n} nuclei at {p} per step over {t} steps, default_rng seed {s}
+    nuclei: {n}, binomial decay probability: {p}, steps: {t}, default_rng seed: {s}. number left after the decay
+    what remains of {n} atoms once {t} rounds of binomial decay at {p} each have passed, default_rng seed {s}
+    a sample of {n} nuclei loses a fraction {p} at random (binomial), {t} times over; remaining count for default_rng seed {s}""")
 def decay(q):
     d = draws(q, n=range(500, 9900, 100), p=(0.01, 0.02, 0.05, 0.03, 0.04, 0.015), t=range(10, 50), s=SEEDS)
     return d, ["import numpy as np", f"rng = np.random.default_rng({d['s']})", f"left = {d['n']}", f"for step in range({d['t']}):", f"    left -= rng.binomial(left, {d['p']})", "print(left)"]
 
 @_family(3, wordings="""
-    simulate a pendulum of length {l} m released at {a} degrees for {t} seconds with time step {dt} and print the final angle in degrees
-    pendulum: length {l}, start angle {a} degrees, {t} s, step {dt}. final angle?
-    [integrate|solve] the pendulum equation (length {l} m, initial angle {a} degrees, dt {dt}) up to {t} s and print the angle
-    where is a pendulum of {l} m after {t} s if let go at {a} degrees? time step {dt}
-    angle of a {l} m pendulum after {t} seconds, started at {a} degrees, dt {dt}
-    a pendulum {l} m long starts at rest at {a} degrees; step {dt} s, print the angle after {t} s
-    swing a pendulum (length {l}, angle {a} degrees) for {t} s with dt {dt} and [show|give] the last angle
-    numerical pendulum, l {l}, angle {a} degrees, time {t}, dt {dt}: the final angle in degrees
-    let a bob on a {l} m string go from {a} degrees and follow it for {t} s in steps of {dt}; the angle then
-    pendulum motion by small steps of {dt} s: {l} m, {a} degrees at first, angle at {t} s""")
+    simulate a pendulum of length {l} m released at {a} degrees for {t} seconds with time step {dt} and print the final angle in degrees; Euler-Cromer, g 9.81
+    pendulum: length {l}, start angle {a} degrees, {t} s, step {dt}. final angle; Euler-Cromer, g 9.81
+    [integrate|solve] the pendulum equation (length {l} m, initial angle {a} degrees, dt {dt}) up to {t} s and print the angle; Euler-Cromer, g 9.81
+    where is a pendulum of {l} m after {t} s if let go at {a} degrees? time step {dt}; Euler-Cromer, g 9.81
+    angle of a {l} m pendulum after {t} seconds, started at {a} degrees, dt {dt}; Euler-Cromer, g 9.81
+    a pendulum {l} m long starts at rest at {a} degrees; step {dt} s, print the angle after {t} s; Euler-Cromer, g 9.81
+    swing a pendulum (length {l}, angle {a} degrees) for {t} s with dt {dt} and [show|give] the last angle; Euler-Cromer, g 9.81
+    numerical pendulum, l {l}, angle {a} degrees, time {t}, dt {dt}: the final angle in degrees; Euler-Cromer, g 9.81
+    let a bob on a {l} m string go from {a} degrees and follow it for {t} s in steps of {dt}; the angle then; Euler-Cromer, g 9.81
+    pendulum motion by small steps of {dt} s: {l} m, {a} degrees at first, angle at {t} s; Euler-Cromer, g 9.81""")
 def pendulum(q):
     d = draws(q, l=grid(0.5, 2.9, 1), a=range(5, 50), t=range(4, 13), dt=(0.01, 0.02, 0.005))
     return d, ["import numpy as np", f"angle, speed = np.radians({d['a']}), 0", f"for step in range(round({d['t']} / {d['dt']})):",
@@ -133,32 +133,32 @@ def pendulum(q):
 _FLIGHT = {"range": "{v} ** 2 * np.sin(2 * angle) / 9.81", "maximum height": "({v} * np.sin(angle)) ** 2 / (2 * 9.81)", "flight time": "2 * {v} * np.sin(angle) / 9.81"}
 
 @_family(2, wordings="""
-    {what} of a projectile launched at {v} m/s and {a} degrees
-    a ball is thrown at {v} m/s under {a} degrees: what is its {what}?
-    [compute|calculate] the {what} for launch speed {v} m/s and angle {a} degrees
-    projectile, speed {v}, angle {a} degrees, {what}
-    [print|give me] the {what} of a shot with {v} m/s at {a} degrees
-    without air, find the {what} of a projectile: {v} m/s, {a} degrees
-    {what} for a throw of {v} m/s at an angle of {a} degrees
-    launch at {a} degrees with {v} m/s and print the {what}
-    something is fired {a} degrees upwards at {v} m/s; work out its {what}
-    ideal trajectory, {v} m/s and {a} degrees: the {what}""")
+    {what} of a projectile launched at {v} m/s and {a} degrees, g 9.81
+    a ball is thrown at {v} m/s at {a} degrees: what is its {what}, g 9.81
+    [compute|calculate] the {what} for launch speed {v} m/s and angle {a} degrees, g 9.81
+    projectile, speed {v}, angle {a} degrees, {what}, g 9.81
+    [print|give me] the {what} of a shot with {v} m/s at {a} degrees, g 9.81
+    without air, find the {what} of a projectile: {v} m/s, {a} degrees, g 9.81
+    {what} for a throw of {v} m/s at an angle of {a} degrees, g 9.81
+    launch at {a} degrees with {v} m/s and print the {what}, g 9.81
+    something is fired {a} degrees upwards at {v} m/s; work out its {what}, g 9.81
+    ideal trajectory, {v} m/s and {a} degrees: the {what}, g 9.81""")
 def projectile(q):
     d, what = draws(q, v=range(5, 90), a=range(11, 80)), q.rng.choice(tuple(_FLIGHT))
     return d | dict(what=what), ["import numpy as np", f"angle = np.radians({d['a']})", f"result = {_FLIGHT[what].format(v=d['v'])}", "print(round(result, 3))"]
 
 # %% ../../nbs/10_curation/05b_science_tasks.ipynb #ea33abd7
 @_family(2, wordings="""
-    random walk of {n} steps with seed {s}: {what}?
-    simulate a random walk of {n} steps (plus or minus one, seed {s}) and print the {what}
-    [take|do] {n} random steps of plus or minus one, seed {s}, and print the {what}
-    what is the {what} of a random walk of {n} steps? seed {s}
-    one dimensional random walk, {n} steps, seed {s}, print the {what}
-    with seed {s}, walk {n} random unit steps left or right and [give|show] the {what}
-    {what} of a {n} step random walk, seed {s}
-    drunkard's walk: {n} steps, seed {s}, {what}
-    someone staggers {n} steps along a line, seed {s}; report the {what}
-    coin-flip walk on the integers, {n} flips, seed {s}: its {what}""")
+    random walk of {n} steps with default_rng seed {s}: {what}?
+    simulate a random walk of {n} steps (plus or minus one, default_rng seed {s}) and print the {what}
+    [take|do] {n} random steps of plus or minus one, default_rng seed {s}, and print the {what}
+    what is the {what} of a random walk of {n} steps? default_rng seed {s}
+    one dimensional random walk, {n} steps, default_rng seed {s}, print the {what}
+    with default_rng seed {s}, walk {n} random unit steps left or right and [give|show] the {what}
+    {what} of a {n} step random walk, default_rng seed {s}
+    drunkard's walk: {n} steps, default_rng seed {s}, {what}
+    someone staggers {n} steps along a line, default_rng seed {s}; report the {what}
+    coin-flip walk on the integers, {n} flips, default_rng seed {s}: its {what}""")
 def random_walk(q):
     d = draws(q, n=range(200, 5000, 50), s=SEEDS)
     what, f = q.rng.choice((("final position", "[-1]"), ("largest position", ".max()"), ("smallest position", ".min()")))
@@ -180,16 +180,16 @@ def cooling(q):
     return d, ["import numpy as np", f"temperature = {d['r']} + ({d['h']} - {d['r']}) * np.exp(-{d['k']} * {d['t']})", "print(round(temperature, 3))"]
 
 @_family(3, wordings="""
-    dominant frequency of a noisy {f} Hz sine, {n} samples at {r} Hz, noise {sd}, seed {s}
-    simulate a sine of {f} Hz with noise {sd} ({n} samples, rate {r} Hz, seed {s}): what frequency does the FFT find?
-    [find|print] the strongest frequency by FFT: sine {f} Hz, {n} samples, sampling rate {r}, noise {sd}, seed {s}
-    with seed {s}, sample a {f} Hz sine {n} times at {r} Hz, add noise {sd}, and print the FFT peak
-    FFT peak of a sine of {f} Hz plus noise {sd}, {n} points at {r} Hz, seed {s}
-    make a noisy sine ({f} Hz, noise {sd}, seed {s}), {n} samples at {r} Hz, and print its main frequency
-    spectrum of {n} samples of a {f} Hz sine at {r} Hz with noise {sd} (seed {s}): peak frequency
-    peak of the power spectrum for a {f} Hz sine, noise {sd}, n {n}, rate {r}, seed {s}
-    bury a {f} Hz tone in noise of {sd} (seed {s}); from {n} points at {r} Hz, which frequency stands out
-    recover the tone: {f} Hz, {n} points, {r} per second, noise {sd}, seed {s}, Fourier peak""")
+    dominant frequency of a noisy {f} Hz sine, {n} samples at {r} Hz, noise {sd}, default_rng seed {s}
+    simulate a sine of {f} Hz with noise {sd} ({n} samples, rate {r} Hz, default_rng seed {s}): what frequency does the FFT find?
+    [find|print] the strongest frequency by FFT: sine {f} Hz, {n} samples, sampling rate {r}, noise {sd}, default_rng seed {s}
+    with default_rng seed {s}, sample a {f} Hz sine {n} times at {r} Hz, add noise {sd}, and print the FFT peak
+    FFT peak of a sine of {f} Hz plus noise {sd}, {n} points at {r} Hz, default_rng seed {s}
+    make a noisy sine ({f} Hz, noise {sd}, default_rng seed {s}), {n} samples at {r} Hz, and print its main frequency
+    spectrum of {n} samples of a {f} Hz sine at {r} Hz with noise {sd} (default_rng seed {s}): peak frequency
+    peak of the power spectrum for a {f} Hz sine, noise {sd}, n {n}, rate {r}, default_rng seed {s}
+    bury a {f} Hz tone in noise of {sd} (default_rng seed {s}); from {n} points at {r} Hz, which frequency stands out
+    recover the tone: {f} Hz, {n} points, {r} per second, noise {sd}, default_rng seed {s}, Fourier peak""")
 def dominant_frequency(q):
     d = draws(q, f=grid(2.3, 39.7, 1, 150), n=range(210, 900, 10), r=range(110, 260, 5), sd=(0.1, 0.2, 0.3, 0.4, 0.5), s=SEEDS)
     return d, ["import numpy as np", f"rng = np.random.default_rng({d['s']})", f"t = np.arange({d['n']}) / {d['r']}", f"signal = np.sin(2 * np.pi * {d['f']} * t) + rng.normal(0, {d['sd']}, {d['n']})",
@@ -197,16 +197,16 @@ def dominant_frequency(q):
 
 # %% ../../nbs/10_curation/05b_science_tasks.ipynb #a8b227c5
 @_family(2, wordings="""
-    how much faster is a reaction at {b} K than at {a} K, activation energy {e} kJ/mol?
-    Arrhenius: ratio of the rate constants at {b} K and {a} K for {e} kJ/mol
-    [compute|calculate] the rate ratio from {a} K to {b} K with activation energy {e} kJ/mol
-    activation energy {e} kJ/mol: by what factor does the rate grow from {a} K to {b} K
-    rate constant at {b} K over that at {a} K, Ea {e} kJ/mol
-    [print|give me] the Arrhenius factor between {a} K and {b} K, Ea {e} kJ/mol
-    a reaction with Ea {e} kJ/mol is heated from {a} K to {b} K; print how much its rate rises
-    k at {b} K divided by k at {a} K for an activation energy of {e} kJ/mol
-    speed-up of a reaction on going from {a} to {b} K if the barrier is {e} kJ/mol
-    barrier {e} kJ/mol, {a} K then {b} K: how many times as fast""")
+    how much faster is a reaction at {b} K than at {a} K, activation energy {e} kJ/mol, R 8.314
+    Arrhenius: ratio of the rate constants at {b} K and {a} K for {e} kJ/mol, R 8.314
+    [compute|calculate] the rate ratio from {a} K to {b} K with activation energy {e} kJ/mol, R 8.314
+    activation energy {e} kJ/mol: by what factor does the rate grow from {a} K to {b} K, R 8.314
+    rate constant at {b} K over that at {a} K, Ea {e} kJ/mol, R 8.314
+    [print|give me] the Arrhenius factor between {a} K and {b} K, Ea {e} kJ/mol, R 8.314
+    a reaction with Ea {e} kJ/mol is heated from {a} K to {b} K; print how much its rate rises, R 8.314
+    k at {b} K divided by k at {a} K for an activation energy of {e} kJ/mol, R 8.314
+    speed-up of a reaction on going from {a} to {b} K if the barrier is {e} kJ/mol, R 8.314
+    barrier {e} kJ/mol, {a} K then {b} K: how many times as fast, R 8.314""")
 def arrhenius(q):
     d = draws(q, e=range(21, 90), a=range(285, 310), b=range(311, 360))
     return d, ["import numpy as np", f"ratio = np.exp({d['e']} * 1000 / 8.314 * (1 / {d['a']} - 1 / {d['b']}))", "print(round(ratio, 3))"]
@@ -274,16 +274,16 @@ def hardy_weinberg(q):
     return d | dict(what=what), [f"n = {d['a']} + {d['b']} + {d['c']}", f"p = (2 * {d['a']} + {d['b']}) / (2 * n)", f"print(round({code}, 3))"]
 
 @_family(3, wordings="""
-    simulate Michaelis-Menten rates with vmax {v}, km {k}, noise {sd}, seed {s}, at {n} concentrations up to {m}, and fit {what}
-    fit {what} to simulated Michaelis-Menten data: vmax {v}, km {k}, {n} points up to {m}, noise {sd}, seed {s}
-    with seed {s}, make {n} enzyme rates (vmax {v}, km {k}, concentrations to {m}, noise {sd}) and print the fitted {what}
-    Michaelis-Menten fit, true vmax {v} and km {k}, noise {sd}, n {n}, up to {m}, seed {s}: {what}?
-    [estimate|recover] {what} from {n} noisy Michaelis-Menten rates: vmax {v}, km {k}, maximum concentration {m}, sigma {sd}, seed {s}
-    enzyme kinetics: vmax {v}, km {k}, {n} concentrations to {m}, noise {sd}, seed {s}; fit and print {what}
-    what {what} does curve_fit give for {n} simulated rates (vmax {v}, km {k}, noise {sd}, seed {s}, up to {m})?
-    least squares {what} of simulated enzyme data with vmax {v}, km {k}, noise {sd}, {n} points to {m}, seed {s}
-    generate an enzyme assay (vmax {v}, km {k}, {n} doses reaching {m}, scatter {sd}, seed {s}) and get {what} back
-    from a made-up saturation curve, vmax {v}, km {k}, error {sd}, {n} points, top dose {m}, seed {s}, the best {what}""")
+    simulate Michaelis-Menten rates with vmax {v}, km {k}, noise {sd}, default_rng seed {s}, at {n} concentrations from one to {m}, and fit {what}
+    fit {what} to simulated Michaelis-Menten data: vmax {v}, km {k}, {n} points from one to {m}, noise {sd}, default_rng seed {s}
+    with default_rng seed {s}, make {n} enzyme rates (vmax {v}, km {k}, concentrations one to {m}, noise {sd}) and print the fitted {what}
+    Michaelis-Menten fit, true vmax {v} and km {k}, noise {sd}, n {n}, from one to {m}, default_rng seed {s}: {what}?
+    [estimate|recover] {what} from {n} noisy Michaelis-Menten rates: vmax {v}, km {k}, concentrations one to {m}, sigma {sd}, default_rng seed {s}
+    enzyme kinetics: vmax {v}, km {k}, {n} concentrations from one to {m}, noise {sd}, default_rng seed {s}; fit and print {what}
+    what {what} does curve_fit give for {n} simulated rates (vmax {v}, km {k}, noise {sd}, default_rng seed {s}, from one to {m})?
+    least squares {what} of simulated enzyme data with vmax {v}, km {k}, noise {sd}, {n} points from one to {m}, default_rng seed {s}
+    generate an enzyme assay (vmax {v}, km {k}, {n} doses from one to {m}, scatter {sd}, default_rng seed {s}) and get {what} back
+    from a made-up saturation curve, vmax {v}, km {k}, error {sd}, {n} doses from one to {m}, default_rng seed {s}, the best {what}""")
 def enzyme_fit(q):
     d = draws(q, v=range(5, 50), k=grid(2.1, 9.9, 1), n=range(12, 40), m=range(51, 99), sd=(0.2, 0.3, 0.4, 0.5), s=SEEDS)
     i, what = q.rng.choice(((0, "vmax"), (1, "km")))
@@ -292,15 +292,15 @@ def enzyme_fit(q):
 
 # %% ../../nbs/10_curation/05b_science_tasks.ipynb #8312bd30
 @_family(3, wordings="""
-    SIR epidemic with {n} people, {i} infected, infection rate {b}, recovery rate {g}: {what} in {t} days?
-    simulate an SIR model: population {n}, {i} infected, beta {b}, gamma {g}, {t} days, print the {what}
-    [run|iterate] SIR for {t} days (n {n}, infected {i}, beta {b}, gamma {g}) and [show|print] the {what}
-    epidemic of {n} people starting with {i} cases, beta {b}, gamma {g}, {t} days: {what}
-    {what} of an SIR epidemic, N {n}, I {i}, beta {b}, gamma {g}, days {t}
-    with beta {b} and gamma {g}, what is the {what} among {n} people in {t} days from {i} cases
+    SIR epidemic with {n} people, {i} infected, infection rate {b}, recovery rate {g}: {what} in {t} daily steps?
+    simulate an SIR model: population {n}, {i} infected, beta {b}, gamma {g}, {t} daily steps, print the {what}
+    [run|iterate] SIR for {t} daily steps (n {n}, infected {i}, beta {b}, gamma {g}) and [show|print] the {what}
+    epidemic of {n} people starting with {i} cases, beta {b}, gamma {g}, {t} daily steps: {what}
+    {what} of an SIR epidemic, N {n}, I {i}, beta {b}, gamma {g}, daily steps {t}
+    with beta {b} and gamma {g}, what is the {what} among {n} people in {t} daily steps from {i} cases
     SIR, daily steps: {t} days, {n} people, {i} cases at first, rates {b} and {g}, print the {what}
-    model an outbreak ({n} people, {i} infected, beta {b}, gamma {g}) for {t} days and give the {what}
-    a town of {n} meets {i} carriers; spread {b}, healing {g}, {t} days pass. report the {what}
+    model an outbreak ({n} people, {i} infected, beta {b}, gamma {g}) for {t} daily steps and give the {what}
+    a town of {n} meets {i} carriers; spread {b}, healing {g}, {t} steps of a day. report the {what}
     daily compartment model, {n} susceptible or ill, {i} of them ill, {b} and {g} as rates, {t} days: the {what}""")
 def epidemic(q):
     d = draws(q, n=range(1000, 9000, 100), i=range(5, 50), b=grid(0.25, 0.6, 2), g=grid(0.05, 0.2, 2), t=range(51, 99))
@@ -310,33 +310,33 @@ def epidemic(q):
 
 # %% ../../nbs/10_curation/05b_science_tasks.ipynb #6610cb2b
 @_family(2, wordings="""
-    draw {n} [normal|Gaussian] values with mean {m} and standard deviation {sd}, seed {s}, and print the sample {stat}
-    sample {stat} of {n} normal draws, mean {m}, std {sd}, seed {s}
-    generate {n} normally distributed numbers (mean {m}, std {sd}, seed {s}). what is their {stat}?
-    with seed {s}, simulate {n} measurements around {m} with noise {sd} and give the {stat}
-    {stat} of {n} simulated [measurements|readings]: mean {m}, sigma {sd}, seed {s}
-    simulate {n} Gaussian readings with mean {m} and sigma {sd} (seed {s}), then [print|report] the {stat}
-    [make|create] a normal sample of {n} with mean {m} and std {sd} using seed {s}; show the {stat}
-    I need the {stat} of a normal sample: n {n}, mean {m}, std {sd}, seed {s}
-    {n} bell-curve numbers centred on {m}, spread {sd}, seed {s}: which {stat} do they have
-    throw {n} Gaussian darts at {m} with scatter {sd}, seed {s}, and take the {stat}""")
+    draw {n} [normal|Gaussian] values with mean {m} and standard deviation {sd}, default_rng seed {s}, and print the {stat}
+    {stat} of a sample of {n} normal draws, mean {m}, std {sd}, default_rng seed {s}
+    generate {n} normally distributed numbers (mean {m}, std {sd}, default_rng seed {s}). what is their {stat}?
+    with default_rng seed {s}, simulate {n} measurements around {m} with normal noise {sd} and give the {stat}
+    {stat} of {n} simulated normal [measurements|readings]: mean {m}, sigma {sd}, default_rng seed {s}
+    simulate {n} Gaussian readings with mean {m} and sigma {sd} (default_rng seed {s}), then [print|report] the {stat}
+    [make|create] a normal sample of {n} with mean {m} and std {sd} using default_rng seed {s}; show the {stat}
+    I need the {stat} of a normal sample: n {n}, mean {m}, std {sd}, default_rng seed {s}
+    {n} bell-curve numbers centred on {m}, spread {sd}, default_rng seed {s}: which {stat} do they have
+    throw {n} Gaussian darts at {m} with scatter {sd}, default_rng seed {s}, and take the {stat}""")
 def normal_sample(q):
     d = draws(q, n=range(50, 2000, 25), m=grid(5.5, 250, 1, 90), sd=grid(0.5, 4.5, 1), s=range(11, 99))
-    stat, f = q.rng.choice((("mean", "mean"), ("standard deviation", "std"), ("maximum", "max"), ("minimum", "min")))
+    stat, f = q.rng.choice((("mean", "mean"), ("population standard deviation", "std"), ("maximum", "max"), ("minimum", "min")))
     q.combine(f"agg {f}")
     return d | dict(stat=stat), ["import numpy as np", f"rng = np.random.default_rng({d['s']})", f"sample = rng.normal({d['m']}, {d['sd']}, {d['n']})", f"print(round(sample.{f}(), 3))"]
 
 @_family(2, wordings="""
-    estimate pi with {n} random points, seed {s}
-    Monte Carlo pi: {n} points, seed {s}, what comes out?
-    [compute|calculate] pi by throwing {n} random points into a square, seed {s}
-    with seed {s}, estimate pi from {n} points
-    pi from {n} uniform random points (seed {s})
-    [print|give me] a Monte Carlo estimate of pi, n {n}, seed {s}
-    how close to pi do {n} random points come? seed {s}, print the estimate
-    quarter circle method for pi with {n} points and seed {s}
-    rain {n} drops on a square, seed {s}, and get pi from those in the circle
-    pi by chance: {n} trials under seed {s}""")
+    estimate pi with {n} random points, default_rng seed {s}
+    Monte Carlo pi: {n} points, default_rng seed {s}, what comes out?
+    [compute|calculate] pi by throwing {n} random points into a square, default_rng seed {s}
+    with default_rng seed {s}, estimate pi from {n} points
+    pi from {n} uniform random points (default_rng seed {s})
+    [print|give me] a Monte Carlo estimate of pi, n {n}, default_rng seed {s}
+    how close to pi do {n} random points come? default_rng seed {s}, print the estimate
+    quarter circle method for pi with {n} points and default_rng seed {s}
+    rain {n} drops on a square, default_rng seed {s}, and get pi from those in the circle
+    pi by chance: {n} trials under default_rng seed {s}""")
 def monte_carlo_pi(q):
     q.reserve(2, 4)
     d = draws(q, n=range(1000, 50_000, 100), s=SEEDS)
@@ -345,16 +345,16 @@ def monte_carlo_pi(q):
 _CURVES = {"a random walk": "rng.choice([-1, 1], {n}).cumsum()", "normal noise": "rng.normal(size={n})", "a sum of normal noise": "rng.normal(size={n}).cumsum()", "uniform noise": "rng.random({n})"}
 
 @_family(2, wordings="""
-    plot {what} of {n} steps with seed {s} and save it to {file}
-    simulate {what}, {n} steps, seed {s}, and save a plot as {file}
-    save a plot of {what} ({n} steps, seed {s}) to {file}
-    [draw|plot] {n} steps of {what}, seed {s}, into {file}
-    {file}: {what} of {n} steps, seed {s}
-    with seed {s}, make {n} steps of {what} and plot them to {file}
-    can you plot {what} with {n} steps, seed {s}? save as {file}
-    line plot of {what}, n {n}, seed {s}, file {file}
-    a picture {file} that shows {n} steps of {what} for seed {s}
-    visualise {what} over {n} steps, seed {s}, written out as {file}""")
+    plot {what} of {n} steps with default_rng seed {s}, save it to {file} and print saved {file}
+    simulate {what}, {n} steps, default_rng seed {s}, save a plot as {file} and print saved {file}
+    save a plot of {what} ({n} steps, default_rng seed {s}) to {file} and print saved {file}
+    [draw|plot] {n} steps of {what}, default_rng seed {s}, into {file}, then print saved {file}
+    {file}: plot {what} of {n} steps, default_rng seed {s}, and print saved {file}
+    with default_rng seed {s}, make {n} steps of {what} and plot them to {file}, then print saved {file}
+    can you plot {what} with {n} steps, default_rng seed {s}? save as {file} and print saved {file}
+    line plot of {what}, n {n}, default_rng seed {s}, file {file}, then print saved {file}
+    a picture {file} that shows {n} steps of {what} for default_rng seed {s}; report saved {file}
+    visualise {what} over {n} steps, default_rng seed {s}, written out as {file}; print saved {file}""")
 def simulation_plot(q):
     d, what = draws(q, n=range(100, 900, 10), s=SEEDS), q.rng.choice(tuple(_CURVES))
     file = f"{q.rng.choice(('walk', 'noise', 'plot', 'path', 'run', 'trace', 'figure'))}{q.rng.choice(('', '_2', '_new', '1', '_a'))}.{q.rng.choice(('png', 'png', 'svg', 'pdf'))}"

@@ -52,7 +52,7 @@ def show_families(
     [please count|can you count] [all rows|the rows|everything]{where}
     how often do we see [rows|entries]{where}
     size of the data{where}
-    what number of [rows|entries] is left{where}""")
+    what number is left of the [rows|entries]{where}""")
 def count_rows(q):
     where, lines, rows = filtered(q, 1, 0.4)
     return dict(where=where), [*lines, f"print(len({rows}))"]
@@ -60,7 +60,7 @@ def count_rows(q):
 @_family(1, "category", """
     [count|counts of] [rows|entries|records] [per|by|for each] {c}{where}
     how many [rows|records|entries] [per|for each] {c}{where}?
-    [break down|split] the [rows|entries] by {c}{where}
+    [break down|split] the number of [rows|entries] by {c}{where}
     [show|print|give me] the number of [rows|records] per {c}{where}
     [value counts|frequency] of {c}{where}
     how are the [rows|entries] distributed over {c}{where}
@@ -82,7 +82,7 @@ def count_by(q):
     I need the {agg} {x}{where}, please
     [tell me|report] the {agg} {x} of all [rows|entries]{where}
     [could you tell me|can you work out] the {agg} {x}{where}
-    the {agg} {x}{where} [over the whole table|in this data]
+    the {agg} {x}{where} [here|in this data]
     what comes out as {agg} {x}{where}
     one number sums it up: the {agg} {x}{where}""")
 def aggregate(q):
@@ -94,13 +94,13 @@ def aggregate(q):
     [describe|summarise|summarize] {x}{where}
     summary statistics of {x}{where}
     [give me|show|print] [an overview|a summary] of {x}{where}
-    what does {x} look like{where}?
-    mean, std, min, max and quartiles of {x}{where}
+    what does {x} look like{where}? summary statistics
+    count, mean, std, min, quartiles and max of {x}{where}
     [basic|descriptive] statistics for {x}{where}
-    how is {x} distributed{where}
+    how is {x} distributed{where}, in summary statistics
     quick summary of the {x} column{where}
-    the usual statistics for {x}{where}
-    key figures of {x}{where} at a glance""", ordered=True)
+    the usual summary statistics for {x}{where}
+    key summary figures of {x}{where} at a glance""")
 def describe(q):
     x = q.take("number")
     where, lines, rows = filtered(q, 0.4)
@@ -131,10 +131,10 @@ def first_last(q):
     does {a} go with {b}{where}? print the correlation
     corr {a} {b}{where}
     [show|give me] the correlation coefficient of {a} and {b}{where}
-    is there a relation between {a} and {b}{where}? give the coefficient
+    is there a relation between {a} and {b}{where}? give the correlation coefficient
     [Pearson's r|r] for {a} and {b}{where}
-    do {a} and {b} move together{where}, as a coefficient
-    linear association between {a} and {b}{where}""")
+    do {a} and {b} move together{where}, as a correlation coefficient
+    coefficient of the linear association between {a} and {b}{where}, after Pearson""")
 def correlation(q):
     a, b = q.take("number"), q.take("number")
     where, lines, rows = filtered(q, 0.35)
@@ -150,7 +150,7 @@ def correlation(q):
     distinct {c}{where}
     I want to see each {c} once{where}
     what does the {c} column contain{where}, without repeats
-    enumerate every {c} in order{where}""")
+    enumerate in order every {c}{where}""")
 def list_values(q):
     c = q.take("category")
     where, lines, rows = filtered(q, 1, 0.3)
@@ -158,16 +158,16 @@ def list_values(q):
 
 # %% ../../nbs/10_curation/05_table_tasks.ipynb #24c2f758
 @_family(2, "category", """
-    top {n} {c}{where}
-    the {n} most [frequent|common] {c}{where}
-    which {n} {c} [occur|appear] most often{where}?
-    [show|print|give me] the {n} {c} with the most [rows|entries]{where}
-    [list|find] the top {n} {c} by [count|number of rows]{where}
+    top {n} {c}{where}, with counts
+    the {n} most [frequent|common] {c}{where} and their counts
+    which {n} {c} [occur|appear] most often{where}, and how often?
+    [show|print|give me] the {n} {c} with the most [rows|entries]{where}, with counts
+    [list|find] the top {n} {c} by [count|number of rows]{where}, and the counts
     most [common|frequent] {c}{where}, top {n}, with counts
-    rank {c} by number of [rows|records] and keep the first {n}{where}
-    what are the {n} busiest {c}{where}
-    leader board of {c}{where}, {n} places
-    the {n} {c} we meet most{where}""", ordered=True)
+    rank {c} by number of [rows|records]{where} and keep the first {n}, with counts
+    what are the {n} busiest {c}{where}, with number of [rows|entries]
+    leader board of {c}{where}, {n} places, with counts
+    the {n} {c} we meet most{where} and how often""")
 def top_values(q):
     c, n = q.take("category"), q.few()
     where, lines, rows = filtered(q, 0.4)
@@ -210,13 +210,13 @@ def group_extreme(q):
 
 # %% ../../nbs/10_curation/05_table_tasks.ipynb #5a33e578
 @_family(2, "category number", """
-    what [share|percentage|fraction in percent] of [rows|records|entries] are{cond}?
+    what [share in percent|percentage|fraction in percent] of [rows|records|entries] are those{cond}?
     percentage of [rows|entries]{cond}
-    [share|percent] of [entries|records]{cond}
-    how many percent of the [rows|records] are those{cond}
+    [share in percent|percent] of [entries|records]{cond}
+    how many percent of the [rows|records] are [rows|records]{cond}
     [compute|print|show] the percentage of [rows|records]{cond}
-    [give me|tell me] what percentage of all [rows|entries] is{cond}
-    in percent, how many [rows|entries] are there{cond}
+    [give me|tell me] what percentage of all is [rows|entries]{cond}
+    in percent of all, how many [rows|entries] are there{cond}
     portion of [rows|records]{cond}, in percent
     out of a hundred [rows|entries], how many are there{cond}
     how large a part in percent do [rows|entries]{cond} make up""")
@@ -225,30 +225,30 @@ def share(q):
     return dict(cond=" " + phrase), [f"share = ({code}).mean() * 100", "print(round(share, 3))"]
 
 @_family(2, "category category number", """
-    [share|percentage] of [rows|entries]{cond} [per|by|for each] {c}
-    for each {c}, what percentage of [rows|records] are{cond}?
-    percent of [rows|records]{cond} by {c}
-    [compute|show|print] per {c} the [share|percentage] of [rows|entries]{cond}
-    how many percent of each {c} are [rows|entries]{cond}
-    [give me|show] the rate of [rows|records]{cond} per {c}, in percent
-    rate{cond} by {c}
-    compare {c} by the percentage of [rows|entries]{cond}
+    within each {c}, the [share in percent|percentage] of [rows|entries]{cond}
+    for each {c}, what percentage of its [rows|records] are those{cond}?
+    percent of [rows|records]{cond} among those of each {c}
+    [compute|show|print] per {c} the [share in percent|percentage] of its [rows|entries]{cond}
+    how many percent of the [rows|entries] of each {c} are [rows|entries]{cond}
+    [give me|show] the rate of [rows|records]{cond} within each {c}, in percent
+    rate in percent of [rows|entries]{cond}, out of all of the same {c}
+    compare {c} by the percentage of their [rows|entries]{cond}
     within every {c}, how large a part in percent are [rows|entries]{cond}
-    portion{cond}, {c} by {c}, in percent""")
+    portion of its [rows|entries]{cond}, {c} by {c}, in percent""")
 def group_share(q):
     c = q.take("category")
     phrase, code = condition(q)
     return dict(c=say_column(q.rng, c), cond=" " + phrase), [f"share = ({code}).groupby(df[{c.name!r}]).mean() * 100", "print(share.round(3))"]
 
-PERIODS = {"hour": "dt.hour", "day": "dt.date", "weekday": "dt.day_name()"}
+PERIODS = {"hour of the day": "dt.hour", "day": "dt.date", "weekday": "dt.day_name()"} # 10 to 11 of both days is one hour of the day
 
 def say_period(
     q:Question, # notes the part "per hour"
-)-> tuple: # key of PERIODS, "hourly"
-    "A period and its adverb."
+)-> tuple: # key of PERIODS, its plural, "daily"
+    "A period, how many of it are called, and its adverb."
     p = q.rng.choice(("hour", "hour", "day", "weekday"))
     q.combine(f"per {p}")
-    return p, {"hour": "hourly", "day": "daily"}.get(p, p)
+    return {"hour": ("hour of the day", "hours of the day", "hour-of-the-day"), "day": ("day", "days", "daily")}.get(p, (p, p + "s", p))
 
 # %% ../../nbs/10_curation/05_table_tasks.ipynb #bb00dbea
 def ask_table(

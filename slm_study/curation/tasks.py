@@ -49,7 +49,7 @@ class Task:
     columns: tuple  # of Column
     files: dict  # name -> text
     program: str  # the reference, with real names
-    answer: dict  # kind ("number", "text", "list", "table"), value, ordered
+    answer: dict  # kind ("number", "text", "list", "table"), value, ordered; digits, where the reference does not round to 3
     tags: tuple = ()
     prompt: str = ""  # as a model reads it, once a corpus has rendered it
     slots: dict = field(default_factory=dict)  # slot -> value, of the prompt
@@ -107,7 +107,7 @@ def families_of(
     "The families that can give a split: only logs have formats, only data has names, only combinations are held out."
     if split == "schema": return tuple(n for n, f in FAMILIES.items() if f.needs or n in LOG_FAMILIES)
     if split not in ("composition", "format"): return tuple(FAMILIES)
-    return tuple(n for n in FAMILIES if (split != "format" or n in LOG_FAMILIES) and any(_one(random.Random(f"{n} {i}"), split, n) for i in range(150)))
+    return tuple(n for n in FAMILIES if (split != "format" or n in LOG_FAMILIES) and any(_one(random.Random(f"{n} {i}"), split, n) for i in range(200)))
 
 def _draw(rng, split, families):
     "(request, handover, columns, program, family, table or None, log files)"
@@ -166,77 +166,117 @@ def _plain(x):
 
 def typed_answer(
     printed:list, # of tuples, as `run_reference` returns them
-    ordered:bool=False, # do the rows have an order?
-)-> dict: # kind, value, ordered
+    ordered:bool=False, # do the rows or elements have an order?
+    digits:int=3, # decimals to which the reference rounds
+)-> dict: # kind, value, ordered; digits, if not 3
     "What was printed, as an answer with a kind."
     args = printed[0] if len(printed) == 1 else tuple(x for p in printed for x in p)
     x = args[0] if len(args) == 1 else list(args)
     if isinstance(x, pd.DataFrame): kind, value = "table", [[_plain(k), *map(_plain, row)] for k, row in zip(x.index, x.to_numpy())]
     elif isinstance(x, pd.Series): kind, value = "table", [[_plain(k), _plain(v)] for k, v in x.items()]
     elif isinstance(x, list) and all(isinstance(v, str) for v in x) and len(args) > 1: kind, value = "text", " ".join(x)
-    elif isinstance(x, (list, tuple, np.ndarray, pd.Index)): kind, value, ordered = "list", [_plain(v) for v in x], True
+    elif isinstance(x, (list, tuple, np.ndarray, pd.Index)): kind, value = "list", [_plain(v) for v in x]
     elif isinstance(x, (int, float, np.number)): kind, value = "number", _plain(x)
     else: kind, value = "text", str(x)
-    return dict(kind=kind, value=value, ordered=ordered)
+    return dict(kind=kind, value=value, ordered=ordered) | ({} if digits == 3 else dict(digits=digits))
 
 # %% ../../nbs/10_curation/07_tasks.ipynb #5b2409a0
 def _is_number(text):
     try: return math.isfinite(float(text))
     except ValueError: return False
 
-def _same_scalar(want, got):
-    "Is the printed token `got` the wanted scalar?"
+def _same_scalar(want, got, digits=3):
+    "Is the printed token `got` the wanted scalar, which was rounded to so many decimals?"
     got = str(got).strip()
     if isinstance(want, bool) or isinstance(want, str): return " ".join(str(want).casefold().split()) == " ".join(got.casefold().split())
     try: x = float(got)
     except ValueError: return False
     if isinstance(want, int): return x == want
     if math.isnan(want): return math.isnan(x)
-    return abs(x - want) <= max(5.1e-4, 1e-6 * abs(want))
+    return abs(x - want) <= max(0.51 * 10.0 ** -digits, 1e-6 * abs(want) if "e" in got.casefold() else 0)
 
-def _same_sequence(want, got): return len(want) == len(got) and all(map(_same_scalar, want, got))
+def _same_sequence(want, got, digits=3): return len(want) == len(got) and all(_same_scalar(w, g, digits) for w, g in zip(want, got))
+
+def _same_bag(want, got, same):
+    "The same elements, in any order?"
+    left = list(got)
+    for w in want:
+        i = next((i for i, g in enumerate(left) if same(w, g)), None)
+        if i is None: return False
+        left.pop(i)
+    return not left
 
 def _list_of(text):
     "The elements of a printed list, tuple, set, array or line of values"
     text = re.sub(r"\bnp\.\w+\(([^()]*)\)", r"\1", text) # numpy 2 shows scalars as np.float64(0.5)
     try: value = ast.literal_eval(text.strip()) if len(text) < 20_000 else None
     except Exception: value = None
-    if isinstance(value, (list, tuple)): return list(value)
-    return [t.strip("'\"") for t in text.replace("[", " ").replace("]", " ").replace("(", " ").replace(")", " ").replace(",", " ").split()]
+    if isinstance(value, (list, tuple, set)): return list(value)
+    return [t.strip("'\"") for t in re.sub(r"[\[\](){},]", " ", text).split()]
 
 # %% ../../nbs/10_curation/07_tasks.ipynb #d1a7dc98
 _FOOTERS = ("Name:", "dtype:", "Length:", "Freq:")
 
 def _table_lines(text): return [l.split() for l in text.splitlines() if l.strip() and not l.strip().startswith(_FOOTERS)]
 
-def _same_row(row, tokens): # of the key every token counts, of the values each is a scalar
-    return _same_sequence([*str(row[0]).split(), *(t for x in row[1:] for t in (str(x).split() if isinstance(x, str) else [x]))], tokens)
+def _same_row(row, tokens, digits): # of the key every token counts, of the values each is a scalar
+    return _same_sequence([*str(row[0]).split(), *(t for x in row[1:] for t in (str(x).split() if isinstance(x, str) else [x]))], tokens, digits)
 
-def _same_table(rows, text, ordered):
+def _same_table(rows, text, ordered, digits):
     lines = _table_lines(text)
     while len(lines) > len(rows) and not (_is_number(lines[0][-1])): lines = lines[1:] # a header
     if len(lines) != len(rows): return False
-    if ordered and not _same_sequence([str(r[-1]).split()[-1] if isinstance(r[-1], str) else r[-1] for r in rows], [l[-1] for l in lines]): return False
-    left = list(lines)
-    for row in rows:
-        hit = next((l for l in left if _same_row(row, l)), None)
-        if hit is None: return False
-        left.remove(hit)
-    return True
+    if ordered and not _same_sequence([str(r[-1]).split()[-1] if isinstance(r[-1], str) else r[-1] for r in rows], [l[-1] for l in lines], digits): return False
+    return _same_bag(rows, lines, lambda row, l: _same_row(row, l, digits))
+
+def _same_list(want, text, ordered, digits):
+    got = _list_of(text)
+    if any(isinstance(v, str) for v in want): want, got = ([t for v in vs for t in str(v).split()] for vs in (want, got))
+    if ordered: return _same_sequence(want, got, digits)
+    if len(want) != len(got): return False
+    if all(isinstance(w, (int, float)) for w in want) and all(_is_number(str(g)) for g in got): want, got = sorted(want), sorted(got, key=lambda g: float(str(g)))
+    return _same_bag(want, got, lambda w, g: _same_scalar(w, g, digits))
 
 def same_answer(
     answer:dict, # kind, value, ordered
     stdout:str, # what a program printed
 )-> bool: # the right answer?
     "Compare by kind; never fails on any text."
-    kind, value = answer["kind"], answer["value"]
+    kind, value, ordered, digits = answer["kind"], answer["value"], answer.get("ordered", False), answer.get("digits", 3)
     text = stdout.strip()
-    if kind == "table": return _same_table(value, text, answer.get("ordered", False))
-    if kind == "list":
-        got = _list_of(text)
-        return _same_sequence([t for v in value for t in str(v).split()], [t for g in got for t in str(g).split()]) if any(isinstance(v, str) for v in value) else _same_sequence(value, got)
-    if kind == "number": return len(text.split()) == 1 and _same_scalar(value, text)
+    if kind == "table": return _same_table(value, text, ordered, digits)
+    if kind == "list": return _same_list(value, text, ordered, digits)
+    if kind == "number": return len(text.split()) == 1 and _same_scalar(value, text, digits)
     return _same_scalar(value, text)
+
+# %% ../../nbs/10_curation/07_tasks.ipynb #e925c104
+_LOOSER = ((r"(?m)^rows = df\[.*\]$", "rows = df"), (r"(?m)^rows = df\[(\(.*\)) & \(.*\)\]$", r"rows = df[\1]"), (r"(?m)^rows = df\[\(.*\) & (\(.*\))\]$", r"rows = df[\1]"),
+           (r"\.(head|nlargest|nsmallest)\(\d+", r".\1(99999"), (r"counts\[counts [<>] \d+\]", "counts"), (r"\.drop_duplicates\(\)", ""))
+_TIES = ((r"(\w+)(\.groupby\('[^']*'\)\['[^']*'\]\.idx(?:max|min)\(\))", r"\1[::-1]\2"), (r"(?<!'\])(\.idx(?:max|min)\(\))", r"[::-1]\1"),
+         (r"(value_counts\(\))(\.head\()", r"\1[::-1].sort_values(ascending=False, kind='stable')\2"), (r"(\.n(?:large|small)est\(\d+(?:, '[^']*')?)\)", r"\1, keep='last')"))
+
+def _looser(program): # a picture shows what was asked for, its "saved" does not
+    "The program as one would write it who overheard a part of the request: its filter, its N, its limit"
+    return [] if "savefig" in program else [p for old, new in _LOOSER if (p := re.sub(old, new, program)) != program]
+
+def _other_ties(program):
+    "The program that takes the last of equals where it took the first"
+    return functools.reduce(lambda p, change: re.sub(*change, p), _TIES, program)
+
+def _digits(program):
+    "Decimals to which a program rounds what it prints"
+    return int(re.findall(r"(?:\.round\(|, )(\d)\)|$", program.split("print(")[-1])[0] or 3)
+
+_SORTED = re.compile(r"\b(?:sorted|sort|rank|in (?:\w+ )?order|alphabetical\w*)\b", re.I)
+
+def _decides(answer, program, files, preamble):
+    "Does the answer hang on all of the request, and on nothing else?"
+    def prints(p):
+        try: return run_reference(p, files, preamble)[1]
+        except Exception: return ""
+    if any(same_answer(answer, prints(p)) for p in _looser(program)): return False
+    other = _other_ties(program)
+    return other == program or same_answer(answer, prints(other))
 
 # %% ../../nbs/10_curation/07_tasks.ipynb #f68f1214
 _MAX_ROWS = 40
@@ -263,16 +303,16 @@ def make_task(
 )-> Task: # with files, and the answer of the reference
     "One task, made and solved."
     rng = random.Random(f"{split} {seed}")
-    for _ in range(200):
+    for _ in range(500):
         request, handover, columns, program, name, table, logs = _draw(rng, split, families)
         files = _files(columns, handover, table, logs, np.random.default_rng(rng.getrandbits(64)))
         family = FAMILIES[name]
         task = Task(f"{split}-{seed}", name, family.difficulty, split, request, handover, columns, files, program, {}, _tags(name, columns, program))
         try: printed, text = run_reference(program, files, task.preamble)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError): continue # a filter that leaves nothing
-        answer = typed_answer(printed, family.ordered)
-        if _telling(answer) and same_answer(answer, text): return Task(**{**task.__dict__, "answer": answer})
-    raise StudyError(f"family {name}: no telling answer in 200 draws of split {split!r}")
+        answer = typed_answer(printed, family.ordered or bool(_SORTED.search(request)), _digits(program))
+        if _telling(answer) and same_answer(answer, text) and _decides(answer, program, files, task.preamble): return Task(**{**task.__dict__, "answer": answer})
+    raise StudyError(f"family {name}: no telling answer in 500 draws of split {split!r}")
 
 def _tags(name, columns, program):
     group = "table" if name in TABLE_FAMILIES else "log" if name in LOG_FAMILIES else "science"

@@ -21,16 +21,16 @@ _family = functools.partial(family, registry=TABLE_FAMILIES)
     how many [rows|records|entries] [per|in each] {p}{where}?
     count [rows|events|entries] by {p}{where}
     [show|print|give me] the number of [entries|rows] for each {p}{where}
-    {ply} [counts|totals]{where}
-    how do the [rows|entries] spread over the {p}s{where}
+    {ply} counts of [rows|entries]{where}
+    how do the [rows|entries] spread over the {ps}{where}
     group the [rows|records] by {p} and count them{where}
     for every {p}, the count of [rows|entries]{where}
-    when along the {p}s do the [rows|entries] come{where}, as counts
-    activity over the {p}s{where}""")
+    along the {ps}, when do the [rows|entries] come{where}, as counts
+    activity over the {ps}{where}, in [rows|entries]""")
 def per_period(q):
-    t, (p, ply) = q.take("time"), say_period(q)
+    t, (p, ps, ply) = q.take("time"), say_period(q)
     where, lines, rows = filtered(q, 0.5)
-    return dict(p=p, ply=ply, where=where), [*lines, f"print({rows}[{t.name!r}].{PERIODS[p]}.value_counts().sort_index())"]
+    return dict(p=p, ps=ps, ply=ply, where=where), [*lines, f"print({rows}[{t.name!r}].{PERIODS[p]}.value_counts().sort_index())"]
 
 # %% ../../nbs/10_curation/05a_trend_tasks.ipynb #b6111d8e
 @_family(2, "number", """
@@ -50,16 +50,16 @@ def percentile(q):
     return dict(n=n, x=say_column(q.rng, x), where=where), [*lines, f"print(round({rows}[{x.name!r}].quantile({n} / 100), 3))"]
 
 @_family(2, "category number", """
-    the {y} of the {n} [rows|entries] with the {ext} {x}{where}
-    which {y} [belong to|have] the {n} {ext} {x}{where}?
-    [list|print|show] {y} for the {n} {ext} {x}{where}
-    sort by {x} and list the {y} of the {n} {ext}{where}
-    {n} {ext} {x}{where}: print their {y}
-    [give me|find] the {y} of the {n} {ext} {x} values{where}
-    take the {n} [rows|records] with {ext} {x}{where} and list {y}
-    {y} of the {ext} {n} by {x}{where}
-    going by {x}{where}, name the {y} of the {ext} {n}
-    {n} [rows|entries] stand out by {ext} {x}{where}: their {y}""", ordered=True)
+    the {y} of the {n} [rows|entries] with the {ext} {x}{where}, {ext} first
+    which {y} [belong to|have] the {n} {ext} {x}{where}, {ext} first?
+    [list|print|show] {y} for the {n} {ext} {x}{where}, the {ext} first
+    sort by {x} and list the {y} of the {n} {ext}{where}, {ext} first
+    {n} {ext} {x}{where}: print their {y}, {ext} first
+    [give me|find] the {y} of the {n} {ext} {x} values{where}, {ext} first
+    take the {n} [rows|records] with {ext} {x}{where} and list {y}, {ext} first
+    {y} of the {ext} {n} by {x}{where}, {ext} first
+    going by {x}{where}, name the {y} of the {ext} {n}, {ext} first
+    {n} [rows|entries] stand out by {ext} {x}{where}: their {y}, {ext} first""", ordered=True)
 def largest_rows(q):
     x, n = q.take("number"), q.few()
     y = q.take(q.rng.choice([c.kind for c, _ in q.free]))
@@ -77,7 +77,7 @@ def largest_rows(q):
     [find|compute|print] the longest gap between consecutive [rows|entries]{where}, in {u}
     how many {u} was the longest silence{where}
     longest time without an entry{where}, in {u}
-    [show|give me] the biggest gap in {t}{where} in {u}
+    [show|give me] in {u} the biggest gap in {t}{where}
     for how many {u} did nothing arrive at most{where}
     max gap {t} {u}{where}
     the widest hole in the data{where}, in {u}
@@ -89,15 +89,15 @@ def longest_gap(q):
     return dict(u=u, t=say_column(q.rng, t), where=where), [*lines, f"gaps = {rows}[{t.name!r}].sort_values().diff().dt.total_seconds()", f"print({result})"]
 
 @_family(2, "number number", """
-    fit a [straight line|line] of {b} [against|over|versus] {a}
+    fit a [straight line|line] of {b} [against|over|versus] {a}: slope, intercept
     linear [fit|regression] of {b} on {a}: slope and intercept
     [find|compute|print] slope and intercept of {b} as a function of {a}
     how does {b} depend linearly on {a}? print slope and intercept
-    least squares line for {b} [against|over] {a}
+    least squares line for {b} [against|over] {a}, slope and intercept
     [regress|fit] {b} on {a} and [print|show] slope and intercept
     slope and intercept for {b} versus {a}
-    what line describes {b} as a function of {a}
-    put a line through {b} as it goes with {a}, coefficients please
+    what slope and intercept describe {b} as a line in {a}
+    put a line through {b} as a function of {a}, slope then intercept please
     gradient and offset of {b} over {a}""", ordered=True)
 def linear_fit(q):
     a, b = q.take("number"), q.take("number")
@@ -105,14 +105,14 @@ def linear_fit(q):
             ["import numpy as np", f"slope, intercept = np.polyfit(df[{a.name!r}], df[{b.name!r}], 1)", "print(round(slope, 3), round(intercept, 3))"])
 
 @_family(2, "category number", """
-    difference in mean {x} between {v} and {w}
+    difference in mean {x}, {v} minus {w}
     how much higher is the average {x} for {v} than for {w}?
-    compare the mean {x} of {v} and {w}
+    compare the mean {x}, {v} minus {w}
     mean {x} of {v} minus mean {x} of {w}
-    [compute|print] the difference of average {x}, {v} versus {w}
-    by how much does the mean {x} differ: {v} against {w}
-    {v} vs {w}: difference of mean {x}
-    [what is|give me] the gap in average {x} between {v} and {w}
+    [compute|print] the difference of average {x}, {v} minus {w}
+    by how much does the mean {x} differ: {v} minus {w}
+    {v} vs {w}: mean {x} of the first minus that of the second
+    [what is|give me] the difference in average {x}: {v} minus {w}
     take the mean {x} of {v} and subtract that of {w}
     {v} minus {w} in terms of average {x}""")
 def compare_groups(q):
@@ -126,16 +126,16 @@ _PLOTS = {"line": ("line plot of {y} over {x}", "plt.plot({rows}[{x!r}], {rows}[
           "hist": ("histogram of {y}", "plt.hist({rows}[{y!r}], bins=20)")}
 
 @_family(2, "number number", """
-    {plot}{where}, save [it|] to {file}
-    [make|draw] a {plot}{where} and save it as {file}
-    [plot|I want] a {plot}{where} in {file}
-    save a {plot}{where} to {file}
-    {file}: {plot}{where}
-    [please draw|can you draw] a {plot}{where}? store it in {file}
-    write a {plot}{where} to {file}
-    a {plot}{where} as {file}, please
-    visualise it: {plot}{where}, file {file}
-    a picture {file} showing a {plot}{where}""")
+    {plot}{where}, save [it|] to {file} and print saved {file}
+    [make|draw] a {plot}{where}, save it as {file} and print saved {file}
+    [plot|I want] a {plot}{where} in {file}, then print saved {file}
+    save a {plot}{where} to {file} and say saved {file}
+    {file}: {plot}{where}, then print saved {file}
+    [please draw|can you draw] a {plot}{where}? store it in {file} and print saved {file}
+    write a {plot}{where} to {file} and print saved {file}
+    a {plot}{where} as {file}, then say saved {file}
+    visualise it: {plot}{where}, file {file}, and print saved {file}
+    a picture {file} showing a {plot}{where}; report saved {file}""")
 def plot(q):
     rng, kind = q.rng, q.rng.choice(tuple(_PLOTS))
     x, y = q.take("time" if kind == "line" and any(c.kind == "time" for c, _ in q.free) else "number"), q.take("number")
@@ -147,14 +147,14 @@ def plot(q):
 
 # %% ../../nbs/10_curation/05a_trend_tasks.ipynb #7541d265
 @_family(3, "number", """
-    how many [outliers|anomalies] does {x} have{where}, z-score above {n}?
-    count the [anomalies|outliers] in {x}{where} (z-score over {n})
+    how many [outliers|anomalies] does {x} have{where}, absolute z-score above {n}?
+    count the [anomalies|outliers] in {x}{where} (absolute z-score over {n})
     [number of|how many] {x} values more than {n} standard deviations from the mean{where}
-    z-score [outliers|anomalies] of {x}{where} with threshold {n}: how many
-    [find|count] [rows|entries] where {x} is {n} sigma away from its mean{where}
+    z-score [outliers|anomalies] of {x} with threshold {n}{where}: how many
+    count the [rows|entries] where {x} is more than {n} sigma away from its mean{where}
     how many {x} [readings|values] are off by more than {n} std{where}
-    flag {x} by z-score {n}{where} and print how many are flagged
-    [outliers|anomalies] in {x}{where} beyond {n} sigma, just the count
+    flag {x} beyond z-score {n}{where}, either side, and print how many are flagged
+    [outliers|anomalies] in {x} beyond {n} sigma{where}, just the count
     unusual {x} [values|readings]{where}, past {n} standard deviations, how many
     with a z-score limit of {n}, the tally of odd {x}{where}""")
 def zscore_count(q):
@@ -164,16 +164,16 @@ def zscore_count(q):
             [*lines, f"values = {rows}[{x.name!r}]", "z = (values - values.mean()) / values.std()", f"print((z.abs() > {n}).sum())"])
 
 @_family(3, "time", """
-    in how many {m} minute windows [were|are] there more than {n} [rows|entries|events]{where}?
-    count the [bursts|rushes]: {m} minute windows with over {n} [rows|entries]{where}
-    bursts of more than {n} [rows|entries|events] within {m} minutes{where}: how many
-    number of {m}-minute intervals with more than {n} [rows|records]{where}
-    [find|count] {m} minute windows having over {n} [events|entries]{where}
-    how often did more than {n} [rows|entries] arrive in {m} minutes{where}
-    split the time into {m} minute windows{where}, how many hold more than {n} [rows|entries]
-    burst windows ({m} min, more than {n} [rows|events]){where}, just the count
-    busy stretches{where}: {m} minutes each with upwards of {n} [rows|entries], how many are there
-    cut time into pieces of {m} minutes{where}; the number of pieces with beyond {n} [rows|entries]""")
+    in how many {m} minute windows from midnight on [were|are] there more than {n} [rows|entries|events]{where}?
+    count the [bursts|rushes]: {m} minute windows from midnight on with over {n} [rows|entries]{where}
+    bursts, more than {n} [rows|entries|events]{where} in one of the {m} minute windows from midnight on: how many
+    number of {m}-minute intervals, from midnight on, with more than {n} [rows|records]{where}
+    count the {m} minute windows from midnight on having over {n} [events|entries]{where}
+    how many times did more than {n} [rows|entries]{where} fall into one {m} minute window from midnight on
+    split the time from midnight on into {m} minute windows, how many hold more than {n} [rows|entries]{where}
+    burst windows ({m} min, from midnight on, more than {n} [rows|events]){where}, just the count
+    busy stretches{where}: {m} minutes each from midnight on, with upwards of {n} [rows|entries], how many are there
+    cut time from midnight on into pieces of {m} minutes{where}; the number of pieces with beyond {n} [rows|entries]""")
 def bursts(q):
     t, m, n = q.take("time"), q.number(q.rng.choice((5, 10, 15, 30, 45, 90))), q.number(q.rng.choice((2, 4, 5, 6, 8)))
     where, lines, rows = filtered(q, 0.3)
@@ -207,7 +207,7 @@ def groups_over(q):
     max streak {x} > {n}
     in {t} order, the longest run with {x} above {n}
     what is the longest stretch of [rows|readings] with {x} exceeding {n}
-    without a break, how many [rows|readings] did {x} stay past {n}
+    without a break, how many [rows|readings] did {x} stay past {n} at most
     the most [rows|readings] one after another where {x} is beyond {n}""")
 def longest_run(q):
     t, x = q.take("time"), q.take("number")
