@@ -149,7 +149,8 @@ def test_family_is_short_varies_and_is_linked(name):
 @pytest.mark.parametrize("name", LOG_FAMILIES)
 def test_family_runs_on_every_format_that_it_is_asked_about(name, tmp_path, monkeypatch):
     answers = set()
-    for i, (request, columns, program, files) in enumerate(draws(name, "train", 4)):
+    for i, (request, columns, program, files) in enumerate(draws(name, "train", 8)):
+        if i > 3 and len(answers) > 1: break
         if not all((texts := fill_logs(files, np.random.default_rng(i))).values()): continue # no log in ten suits the question
         try: answers.add(answer(program, texts, tmp_path, monkeypatch))
         except IndexError: assert ".iloc[" in program or "idxmax" in program # the filter left nothing
