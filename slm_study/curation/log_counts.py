@@ -51,18 +51,18 @@ def log_find(q):
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #b6ed08d4
 @log_family(2, "", wordings="""
-    what [share|percentage] of lines is{w}?
-    [share|percentage] of lines{w}
-    how many percent of the [lines|entries] are{w}?
-    [compute|print] the percentage of lines{w}
+    what percentage of all lines is{w}?
+    [percent share|percentage] of lines{w} among all lines
+    how many percent of all [lines|entries] are{w}?
+    [compute|print] the percentage of lines{w} in the whole log
     of all lines, which [share|part] is{w}, in percent?
-    percent of [lines|entries]{w}
-    [show|give me] the share of the log{w} in percent
-    I need the [percentage|share] of lines{w}
-    how large is the [share|percentage] of lines{w}
+    percent of [lines|entries]{w} among all lines
+    [show|give me] the share of lines{w} in the whole log in percent
+    I need the [percentage|percent share] of lines{w} out of all lines
+    how large is the percentage of lines{w} among all lines
     lines{w} as a percentage of all lines
-    work out what percentage of the log is made of lines{w}
-    in percent, how common are lines{w}""")
+    work out what percentage of the whole log is made of lines{w}
+    in percent of all lines, how common are lines{w}""")
 def log_line_share(q):
     w, lines, rows = line_filter(q, 1)
     return dict(w=w), [*read(q.file), *lines, f"print(round(100 * len({rows}) / len(lines), 2))"]
@@ -79,30 +79,30 @@ def found(q, p=0.45, kind="category"):
     how many lines per {f}{w}?
     [count|counts] [per|by|for each] {f}{w}
     [show|print|give me] the number of lines per {f}{w}
-    [break the log down|split the log] by {f}{w}
-    [frequency|tally] of every {f}{w}
+    [break the log down|split the log] by {f}{w} and count
+    [count|tally] of every {f}{w}
     for each {f}, how often does it [occur|appear]{w}
     go through the log and count each {f}{w}
     number of [lines|entries] for every {f}{w}
-    how are the lines{w} spread over the {fs}?
-    distribution of the {fs}{w}
+    how many lines{w} are there for each of the {fs}?
+    distribution of the {fs}{w} as counts
     I would like a table of {fs} with their counts{w}""")
 def log_counts(q):
     fields, lines = found(q)
     return fields, [*lines, "print(found.value_counts())"]
 
 @log_family(1, "category", ordered=True, wordings="""
-    top {n} {fs}{w}
-    the {n} most [frequent|common] {fs}{w}
-    which {n} {fs} [occur|appear] most often{w}?
+    top {n} {fs}{w} with counts
+    the {n} most [frequent|common] {fs}{w} and their counts
+    which {n} {fs} [occur|appear] most often{w}, and how often?
     [show|print|list] the top {n} {fs} with their counts{w}
-    [find|give me] the {n} {fs} with the most lines{w}
-    [what|which] are the {n} busiest {fs}{w}?
-    rank {fs} by count, first {n} only{w}
-    most [frequent|common] {fs}, top {n}{w}
-    {n} {fs} with the highest number of lines{w}
-    who leads? the {n} leading {fs}{w}
-    [report|name] the {n} {fs} that dominate{w}
+    [find|give me] the {n} {fs} with the most lines{w}, and how many
+    [what|which] are the {n} busiest {fs}{w}, with counts?
+    rank {fs} by count, first {n} only{w}, with counts
+    most [frequent|common] {fs} with counts, top {n}{w}
+    {n} {fs} with the highest number of lines{w}, and that number
+    who leads? the {n} leading {fs}{w} and their counts
+    [report|name] the {n} {fs} that dominate{w}, with counts
     I want the {n} {fs} that show up most{w}, and how often""")
 def log_top(q):
     n, (fields, lines) = q.few(), found(q)
@@ -130,11 +130,11 @@ def log_most(q):
     which {fs} [occur|appear] {more} than {n} times{w}?
     list every {f} seen {more} than {n} times{w}
     {fs} with {more} than {n} [lines|hits|occurrences]{w}
-    [show|print] the {fs} that appear {more} than {n} times{w}, sorted
+    [show|print] the {fs} that appear {more} than {n} times{w}
     find {fs} with a count of {more} than {n}{w}
     [give me|name] all {fs} [occurring|appearing] {more} than {n} times{w}
     is there any {f} with {more} than {n} lines{w}? list them
-    sorted list of {fs} that occur {more} than {n} times{w}
+    list of {fs} that occur {more} than {n} times{w}
     [every|each] {f} that has {more} than {n} lines{w}
     I need the {fs} counted {more} than {n} times{w}
     what are the {fs} that turn up {more} than {n} times{w}
@@ -164,18 +164,18 @@ def log_distinct(q):
     return fields, [*lines, "print(found.nunique())"]
 
 @log_family(1, "category", wordings="""
-    list all {fs}{w}, sorted, each once
+    list all {fs}{w}, each once
     which {fs} [occur|appear]{w}?
     [show|print] the distinct {fs}{w}
-    sorted list of the {fs}{w}
+    list of the different {fs}{w}
     [give me|list] every different {f}{w}
     what {fs} are there{w}?
     all {fs}{w} without [repeats|duplicates]
     [print|show] each {f} once{w}
-    unique {fs}{w}, as a sorted list
+    unique {fs}{w}, as a list
     name the {fs} that occur{w}
     I need to know which {fs} show up{w}
-    the set of {fs}{w} in alphabetical order""")
+    the set of {fs}{w}""")
 def log_list(q):
     fields, lines = found(q, 0.6)
     return fields, [*lines, "print(sorted(found.unique()))"]
@@ -189,18 +189,18 @@ def one_value(q):
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #13d20a4b
 @log_family(2, "category", wordings="""
-    [what|which] [share|percentage] of the {fs} is {v}{w}?
-    percentage of {v} among the {fs}{w}
-    how many percent of the {fs} are {v}{w}?
-    [compute|print] the share of {f} {v}{w} in percent
-    [share|percentage] of {f} {v}{w}
-    in percent, how often is the {f} {v}{w}?
-    what percentage has {f} {v}{w}?
-    [give me|show] the percentage of {v} in {f}{w}
-    I need the share of {v} by {f}{w}, in percent
-    percent {v} of all {fs}{w}
-    how big a part of the {fs} is {v}{w}, in percent
-    the proportion of {f} {v}{w} as a percentage""")
+    [what|which] percentage of the lines with a {f} has {v}{w}?
+    percentage of {v} among the lines with a {f}{w}
+    how many percent of all {f} values are {v}{w}?
+    [compute|print] the share of {v} among all {f} values{w} in percent
+    [percent share|percentage] of {f} {v} among the lines that have a {f}{w}
+    in percent of the lines with a {f}, how often is it {v}{w}?
+    of the lines with a {f}, what percentage has {v}{w}?
+    [give me|show] the percentage of {v} among all values of {f}{w}
+    I need the share of {v} among the {f} values{w}, in percent
+    percent {v} of all {f} values{w}
+    how big a part of the {f} values is {v}{w}, in percent
+    the proportion of {v} among lines with a {f}{w} as a percentage""")
 def log_value_share(q):
     chosen = one_value(q)
     if chosen is None: return None
@@ -210,18 +210,18 @@ def log_value_share(q):
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #d5c32f45
 @log_family(2, "category", wordings="""
-    share of each {f} in percent{w}
-    what percentage of lines{w} has each {f}?
-    [percentages|percentage] [per|by] {f}{w}
-    [show|print] the share of every {f}{w} in percent
-    how many percent of the lines{w} fall on each {f}?
-    relative frequency of the {fs}{w} in percent
-    break down the {fs}{w} in percent
-    [give me|compute] each {f} as a percentage of all{w}
-    {f} shares in percent{w}
-    for every {f}, its percentage of the lines{w}
-    what part do the {fs} have{w}, in percent
-    percent of the log that each {f} makes up{w}""")
+    share of each {f} in percent of the lines that have one{w}
+    what percentage of the lines with a {f}{w} has each {f}?
+    [percentages|percentage] [per|by] {f} of the lines that have one{w}
+    [show|print] the share of every {f} among all {f} values{w} in percent
+    how many percent of the lines with a {f}{w} fall on each {f}?
+    relative frequency of the {f} values{w} in percent
+    break down the {f} values{w} in percent
+    [give me|compute] each {f} as a percentage of all {f} values{w}
+    {f} shares in percent of the lines that have one{w}
+    for every {f}, its percentage of the lines that have one{w}
+    what part of all {f} values does each have{w}, in percent
+    percent of the lines with a {f} that each {f} makes up{w}""")
 def log_shares(q):
     fields, lines = found(q)
     return fields, [*lines, "print((100 * found.value_counts(normalize=True)).round(2))"]
@@ -262,22 +262,24 @@ def log_ratio(q):
     find out how long one {f} lasted without a change{w}""")
 def log_streak(q):
     fields, lines = found(q, 0.35)
+    raw = lines[-1].removeprefix("found = ").removesuffix(".dropna()") # lines without the field end a run, or do not
+    q.alike.append(f"(lambda raw: (raw != raw.shift()).cumsum().value_counts().max())({raw})")
     return fields, [*lines, "runs = (found != found.shift()).cumsum()", "print(runs.value_counts().max())"]
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #f13eb249
 @log_family(3, "category category", ordered=True, wordings="""
-    {n} {fs} with the most different {gs}{w}
-    which {n} {fs} have the most distinct {gs}{w}?
+    {n} {fs} with the most different {gs}{w}, and how many
+    which {n} {fs} have the most distinct {gs}{w}, and how many?
     number of different {gs} per {f}{w}, top {n}
-    distinct {gs} [per|for each] {f}{w}, the highest {n}
+    distinct {gs} [per|for each] {f}{w} as counts, the highest {n}
     how many different {gs} does each {f} have{w}? top {n}
-    [show|print] the {n} {fs} with the most unique {gs}{w}
-    [count|list] distinct {gs} by {f}{w}, first {n}
-    rank the {fs} by their number of different {gs}{w}, top {n}
+    [show|print] the {n} {fs} with the most unique {gs}{w}, with counts
+    count distinct {gs} by {f}{w}, the {n} highest
+    rank the {fs} by their number of different {gs}{w}, top {n} with counts
     for each {f} count the unique {gs}{w} and show the top {n}
-    unique {gs} per {f}{w}, largest {n}
-    which {fs} come with the widest range of {gs}{w}, first {n} of them
-    I want the {n} {fs} that have seen the most different {gs}{w}""")
+    unique {gs} per {f}{w} as counts, largest {n}
+    which {fs} come with the widest range of {gs}{w}, first {n} of them with counts
+    I want the {n} {fs} that have seen the most different {gs}{w}, and how many""")
 def log_variety(q):
     a, b, n = q.take("category"), q.take("category"), q.few()
     w, lines, rows = line_filter(q, 0.35)
@@ -287,36 +289,36 @@ def log_variety(q):
 _FAILED = "rows = lines[lines.str.contains('Failed password', regex=False)]"
 
 @log_family(2, "", wordings="""
-    [which|what] {fs} had more than {n} failed logins?
-    failed logins by {f}, only those above {n}
-    {fs} with over {n} failed password attempts
-    [list|show] every {f} that failed to log in more than {n} times
-    who is brute forcing us? {fs} with more than {n} failed [passwords|logins]
-    [find|print] the {fs} with more than {n} login failures
-    report {fs} whose failed logins exceed {n}, with counts
-    brute force suspects: more than {n} failed passwords [per|from one] {f}
-    failed logins per {f}, more than {n}
-    {fs} behind more than {n} failed login attempts, and how many
-    which {fs} were refused a login over {n} times
-    too many wrong passwords: every {f} with more than {n}""")
+    [which|what] {fs} had more than {n} failed passwords, and how many?
+    failed passwords by {f}, only counts above {n}
+    {fs} with over {n} failed password attempts, and how many
+    count failed passwords per {f} and [list|show] every {f} with more than {n}
+    who is brute forcing us? {fs} with more than {n} failed passwords, with counts
+    [find|print] the {fs} with more than {n} failed passwords and their counts
+    report {fs} whose failed passwords exceed {n}, with counts
+    brute force suspects: more than {n} failed passwords [per|from one] {f}, with counts
+    count of failed passwords per {f}, more than {n}
+    {fs} behind more than {n} failed password attempts, and how many
+    which {fs} had a failed password over {n} times, and how often
+    too many failed passwords: every {f} with more than {n} and its count""")
 def failed_logins(q):
     n, column = q.number(q.rng.choice((2, 4, 5, 6, 8, 10, 12)), ()), q.take(q.rng.choice(("address", "address", "user")))
     return q.says(column) | dict(n=say_value(q.rng, n)), [*read(q.file), _FAILED, f"found = {extract(column, 'rows')}", "counts = found.value_counts()", f"print(counts[counts > {n}])"]
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #c683b489
 @log_family(3, "", ordered=True, wordings="""
-    how many different {gs} did each {f} try in failed logins? top {n}
-    {gs} tried per {f} in failed logins, the {n} highest
-    number of distinct {gs} per {f} among failed logins, top {n}
-    which {n} {fs} tried the most {gs} in failed logins?
-    [show|list] the {n} {fs} that failed with the most different {gs}
-    failed logins: unique {gs} by {f}, first {n}
-    top {n} {fs} by number of {gs} with failed passwords
+    how many different {gs} did each {f} try with failed passwords? top {n}
+    number of {gs} tried per {f} with failed passwords, the {n} highest
+    number of distinct {gs} per {f} among failed passwords, top {n}
+    which {n} {fs} tried the most {gs} with failed passwords, and how many?
+    [show|list] the {n} {fs} whose failed passwords name the most different {gs}, with counts
+    failed passwords: count of unique {gs} by {f}, first {n}
+    top {n} {fs} by number of {gs} with failed passwords, with counts
     for failed passwords, count the different {gs} of each {f}, top {n}
-    guessing {gs}: the {n} {fs} with the most distinct ones that failed
-    rank {fs} by how many {gs} they failed with, top {n}
-    over how many {gs} did the failed logins of each {f} go, {n} largest
-    the {n} {fs} whose failed logins cover the most {gs}""")
+    guessing {gs}: the {n} {fs} with the most distinct ones among failed passwords, with counts
+    rank {fs} by how many {gs} had failed passwords, top {n} with counts
+    over how many {gs} did the failed passwords of each {f} go, {n} largest
+    the {n} {fs} whose failed passwords cover the most {gs}, with counts""")
 def tried_users(q):
     n, a, b = q.few(), q.take("address"), q.take("user")
     return (q.says(a) | dict(gs=q.says(b)["fs"], n=say_value(q.rng, n)),
@@ -329,53 +331,53 @@ def masked(q, p=0.35):
     return fields, [*lines, "found = found.str.replace(r'\\d+', '#', regex=True)"]
 
 @log_family(3, "text", wordings="""
-    how many different {f} templates are there{w}, ignoring numbers?
-    number of {f} templates{w} with numbers masked
-    count distinct {fs}{w}, numbers aside
-    how many kinds of {f} are there{w} if numbers are ignored?
+    how many different {f} templates are there{w}, ignoring runs of digits?
+    number of {f} templates{w} with each number masked
+    count distinct {fs}{w}, numbers masked
+    how many kinds of {f} are there{w} if the digits of numbers are ignored?
     mask the numbers in each {f}{w} and count the distinct ones
-    [print|show] the number of different {fs}{w} after masking digits
-    ignoring digits, how many [unique|distinct] {fs} are there{w}?
+    [print|show] the number of different {fs}{w} after masking runs of digits
+    ignoring numbers, how many [unique|distinct] {fs} are there{w}?
     replace numbers in the {fs}{w} by a sign; how many patterns remain?
-    [unique|distinct] {f} patterns{w} without their numbers: how many
-    count {f} templates{w}, digits masked
-    if digits did not matter, how many {fs} would differ{w}
-    to how many templates do the {fs}{w} reduce without numbers""")
+    [unique|distinct] {f} patterns{w} with masked numbers: how many
+    count {f} templates{w}, runs of digits masked
+    if numbers did not matter, how many {fs} would differ{w}
+    to how many templates do the {fs}{w} reduce with numbers masked""")
 def log_templates(q):
     fields, lines = masked(q)
     return fields, [*lines, "print(found.nunique())"]
 
 @log_family(3, "text", wordings="""
-    most [common|frequent] {f} template{w}, numbers masked
-    which {f} occurs most often{w} if numbers are ignored?
-    the {f} seen most{w}, with digits masked
-    [print|show] the most frequent {f} pattern{w} without numbers
-    mask the numbers and [print|show] the most common {f}{w}
-    ignoring digits, what is the most frequent {f}{w}?
-    [find|give me] the top {f} template{w}, digits replaced
-    what {f} is repeated most{w}, numbers aside?
-    top {f} pattern{w} after masking numbers
-    with numbers masked, the commonest {f}{w}
-    leave digits out: which {f} turns up most{w}
-    the leading {f} template{w} once digits are blanked""")
+    most [common|frequent] {f} template{w}, numbers masked by #
+    which {f} occurs most often{w} if each number is a #?
+    the {f} seen most{w}, with runs of digits masked by #
+    [print|show] the most frequent {f} pattern{w} with # for numbers
+    mask the numbers by # and [print|show] the most common {f}{w}
+    with # for each run of digits, what is the most frequent {f}{w}?
+    [find|give me] the top {f} template{w}, numbers replaced by #
+    what {f} is repeated most{w}, numbers written as #?
+    top {f} pattern{w} after masking numbers by #
+    with numbers masked by #, the commonest {f}{w}
+    put # for numbers: which {f} turns up most{w}
+    the leading {f} template{w} once runs of digits are #""")
 def log_top_template(q):
     fields, lines = masked(q)
     return fields, [*lines, "print(found.value_counts().idxmax())"]
 
 # %% ../../nbs/10_curation/05e_log_counts.ipynb #b1c98c28
-@log_family(3, "text", ordered=True, wordings="""
+@log_family(3, "text", wordings="""
     how often do the {n} most common {f} templates occur{w}, numbers masked?
-    counts of the top {n} {f} templates{w}, numbers ignored
+    counts of the top {n} {f} templates{w}, numbers masked
     mask numbers in the {fs}{w} and list the counts of the {n} most frequent
-    line counts of the {n} largest {f} patterns{w} without numbers
-    ignoring digits, the counts of the {n} most frequent {fs}{w}
-    [print|show] how many lines the top {n} {f} templates have{w}
-    sizes of the {n} biggest {f} templates{w}, digits masked
-    [list|give me] the {n} highest counts of {f} patterns{w}, numbers aside
-    group the {fs}{w} by template and list the {n} largest counts
-    top {n} template counts of the {fs}{w}
-    lump together {fs}{w} that differ in digits only: the {n} largest counts
-    the {n} highest numbers of lines per {f} template{w}""")
+    line counts of the {n} largest {f} patterns{w} with masked numbers
+    ignoring numbers, the counts of the {n} most frequent {fs}{w}
+    [print|show] how many lines the top {n} {f} templates have{w}, numbers masked
+    sizes of the {n} biggest {f} templates{w}, runs of digits masked
+    [list|give me] the {n} highest counts of {f} patterns{w}, numbers masked
+    group the {fs}{w} by template, numbers masked, and list the {n} largest counts
+    top {n} template counts of the {fs}{w}, numbers masked
+    lump together {fs}{w} that differ in numbers only: the {n} largest counts
+    the {n} highest numbers of lines per {f} template{w}, runs of digits masked""")
 def log_template_counts(q):
     n, (fields, lines) = q.few(), masked(q)
     return fields | dict(n=say_value(q.rng, n)), [*lines, f"print(found.value_counts().head({n}).tolist())"]

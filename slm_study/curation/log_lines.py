@@ -81,12 +81,12 @@ class Cast:
         rng:np.random.Generator, # the only source of chance
     ):
         self.rng = rng
-        self.pools = dict(ip=[".".join(map(str, rng.integers(2, 250, 4))) for _ in range(14)], user=list(rng.permutation(_USERS)[:9]), path=list(rng.permutation(_PATHS)),
+        self.pools = dict(ip=[".".join(map(str, rng.integers(2, 250, 4))) for _ in range(14)], pid=list(rng.integers(300, 30000, 9)), user=list(rng.permutation(_USERS)[:9]), path=list(rng.permutation(_PATHS)),
                           host=list(rng.permutation(_HOSTS)[:5]), agent=list(rng.permutation(_AGENTS)), verb=["GET", "POST", "HEAD", "PUT"], code=list(rng.permutation([200, 404, 304, 500, 301, 403, 302])[:5]),
                           blk=[f"blk_{rng.integers(-9 * 10**18, 9 * 10**18)}" for _ in range(25)], node=[f"R{rng.integers(0, 8):02d}-M{rng.integers(2)}-N{rng.integers(16):X}-C:J{rng.integers(2, 18):02d}-U{rng.integers(1, 12):02d}" for _ in range(12)])
 
     def say(self,
-        name:str, # of a pool, or n (small number), k (large), ms, s, port, pid, hex
+        name:str, # of a pool, or n (small number), k (large), ms, s, port, hex
     )-> str: # one of the pool
         "Draw one."
         rng = self.rng
@@ -95,7 +95,7 @@ class Cast:
         if name == "s": return f"{rng.lognormal(-2, 1.1):.3f}"
         if name == "k": return str(int(rng.lognormal(8.5, 1.2)))
         if name == "hex": return f"{rng.integers(2**31):08x}"
-        low, high = dict(n=(1, 12), port=(30000, 65000), pid=(300, 30000))[name]
+        low, high = dict(n=(1, 12), port=(30000, 65000))[name]
         return str(rng.integers(low, high))
 
     def fill(self,
@@ -174,7 +174,7 @@ add_format("openssh", r"^\w{3} +\d+ [\d:]{8} \S+ sshd\[", "auth.log sshd.log sec
     info||Accepted publickey for {user} from {ip} port {port} ssh2
     info||Received disconnect from {ip}: 11: Bye Bye [preauth]
     info||Connection closed by {ip} [preauth]
-    bad||pam_unix(sshd:auth): authentication failure; logname= uid=0 euid=0 tty=ssh ruser= rhost={ip}  user={user}
+    bad||pam_unix(sshd:auth): authentication failure; logname= uid=0 euid=0 tty=ssh ruser= rhost={ip}
     bad||Failed password for {user} from {ip} port {port} ssh2
     info||pam_unix(sshd:auth): check pass; user unknown""", time="%b %d %H:%M:%S")
 
@@ -213,7 +213,7 @@ add_format("dmesg", r"^\[ *\d+\.\d{3,}\]", "dmesg.log boot.log kernel.log dmesg.
     lambda c, t, level, part, m: f"[{(t - START).total_seconds() / 20:12.6f}] {part}: {m}", """
     info|usb|new high-speed USB device number {n} using xhci_hcd on port {n}
     bad|usb|device not accepting address {n}, error -71, port {n}
-    info|Memory|{k}K available ({k}K kernel code, {k}K reserved)
+    info|Memory|{k}K available
     info|eth0|link up, 1000Mbps, full-duplex
     bad|eth0|transmit timeout on queue {n}
     info|ACPI|bus type PCI registered

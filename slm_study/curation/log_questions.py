@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['LOG_FAMILIES', 'log_family', 'ONLY_IN', 'SAYS', 'formats_of', 'draw_file', 'read', 'extract', 'LogQuestion',
-           'line_filter']
+           'line_filter', 'settled', 'there_are', 'logs_for']
 
 # %% ../../nbs/10_curation/05d_log_questions.ipynb #91a69ab7
 import functools
+import io
 import random
+import re
+import warnings
+
+import numpy as np
 
 from .slots import Column, literal, plural
 from .worlds import draw_moment
-from .log_formats import FORMATS, HELD_OUT_FORMATS, log_columns
+from .log_formats import FORMATS, HELD_OUT_FORMATS, Logs, fill_logs, log_columns
 from .questions import Question, family, say_value
 
 # %% ../../nbs/10_curation/05d_log_questions.ipynb #a66d9476
@@ -67,7 +72,9 @@ class LogQuestion(Question):
         family, # Family
         split:str="train", # one of tasks.SPLITS
         fmt:str=None, # a key of FORMATS; None: drawn
+        most:int=99, # `few` is less
     ):
+        self.most = most
         super().__init__(rng, None, family.name, split)
         self.fmt = fmt or rng.choice(formats_of(family, split))
         self.known, self.file, fields = FORMATS[self.fmt], draw_file(rng, self.fmt), FORMATS[self.fmt].fields
@@ -76,7 +83,7 @@ class LogQuestion(Question):
         self.columns = log_columns(self.fmt, self.file, rng, split, tuple(sorted(keys)))
         key_of = {f.pattern: k for k, f in fields.items()}
         self.free = {key_of[c.pattern]: c for c in self.columns[1:]}
-        self.files, self.times = {self.file: self.fmt}, self.free.get("time")
+        self.files, self.times, self.alike = {self.file: self.fmt}, self.free.get("time"), []
 
     def take(self,
         kind:str, # "category", "number" or "text", or the key of a field
@@ -89,6 +96,11 @@ class LogQuestion(Question):
         "A number that some values of the field taken last are above."
         values = (20, 50, 80, 150, 400) if self.key == "latency" and self.fmt == "logfmt" else _LIMITS[self.key]
         return self.number(self.rng.choice(values))
+
+    def few(self)-> int: # 2 to 15
+        "A small number, less than there is: of one draw, so that the rest of the question stays as it is."
+        numbers = [n for n in (2, 3, 4, 5, 5, 6, 7, 8, 10, 12, 15) if n < self.most]
+        return self.number(numbers[int(self.rng.random() * len(numbers))], ())
 
     def say(self,
         column:Column, # its name is said
@@ -150,3 +162,58 @@ def line_filter(
         code = f"pd.to_datetime({field}, format={c.values[0]!r}) {'>' if op == 'after' else '<'} {v!r}"
     phrase = SAYS[op][-1] if q.split == "phrasing" else q.rng.choice(SAYS[op][:-1])
     return " " + phrase.format(c=c and q.say(c), v=v, w=w), [f"rows = lines[{code}]"], "rows"
+
+# %% ../../nbs/10_curation/05d_log_questions.ipynb #57212566
+_CUT = re.compile(r"(?:print\()?(.+)\.(head|nlargest|nsmallest|idxmax|idxmin)\((\d*)\)(.*)")
+
+def _parts(program): # the lines before the last that is no picture, the cut in that, and that line
+    *lines, last = [l for l in program.strip().split("\n") if not l.startswith(("import matplotlib", "plt.", "print('saved'"))]
+    return "\n".join(lines), _CUT.match(last), last
+
+def _values(lines, expressions, texts): # what expressions are after the lines have run; None where a filter left nothing
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore") # of too few values
+            exec(lines, scope := {"open": lambda name: io.StringIO(texts[name])})
+            return [eval(e, scope) for e in expressions]
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError): return None
+
+def settled(
+    program:str, # of a log family
+    texts:dict, # file name -> text
+    alike:tuple=(), # expressions that must equal what is printed
+)-> bool: # has the question one answer in these logs?
+    "Does a ranking go on after its cut, without a tie there, and do all readings agree?"
+    lines, cut, last = _parts(program)
+    if not cut and not alike: return True
+    said = _values(lines, (last[6:-1], *alike) if alike else (), texts)
+    ranking = _values(lines, (cut[1],), texts) if cut else []
+    if said is None or not ranking and cut or len(set(map(str, said))) > 1: return False
+    if not cut: return True
+    n, values = int(cut[3] or 1), ranking[0].sort_values(ascending=cut[2] in ("nsmallest", "idxmin")).round(9).tolist()
+    return len(values) > n and (values[n - 1] != values[n] or ".tolist()" in cut[4]) # equal numbers in a list are one answer
+
+@functools.lru_cache(None)
+def _sample(formats): return fill_logs(dict(enumerate(formats)), np.random.default_rng(7))
+
+@functools.lru_cache(None)
+def _length(lines, ranking, formats): return len((_values(lines, (ranking,), _sample(formats)) or [()])[0]) or 99 # a filter that leaves nothing there tells nothing
+
+def there_are(
+    q:LogQuestion, # once it is built
+    program:str, # with real names
+)-> tuple: # (N of its ranking, how many rows that has in a sample log of its kind); (0, 1) where it has none
+    "How much is asked for, and how much there is."
+    lines, cut, _ = _parts(program)
+    if not cut: return 0, 1
+    for i, file in enumerate(q.files): lines = lines.replace(f"open({file!r})", f"open({i})")
+    return int(cut[3] or 1), _length(lines, cut[1], tuple(q.files.values()))
+
+def logs_for(
+    q:LogQuestion, # once it is built
+    program:str, # with real names
+)-> Logs: # to be filled
+    "The logs of a question, and what they must hold."
+    logs = Logs(q.files)
+    logs.suit = functools.partial(settled, program, alike=tuple(q.alike))
+    return logs

@@ -11,9 +11,9 @@ __all__ = ['numbers', 'log_numbers', 'log_number_by', 'log_top_by', 'log_percent
 import random
 
 from .slots import Column
-from .questions import Family, allowed, ask, assemble, say_aggregate, say_value
+from .questions import Family, allowed, ask, assemble, held_out, say_aggregate, say_value
 from .log_formats import FORMATS, HELD_OUT_FORMATS, log_columns
-from .log_questions import LOG_FAMILIES, LogQuestion, draw_file, extract, formats_of, line_filter, log_family, read # noqa: F401 (LOG_FAMILIES is complete from here on)
+from .log_questions import LOG_FAMILIES, LogQuestion, draw_file, extract, formats_of, line_filter, log_family, logs_for, read, there_are # noqa: F401 (LOG_FAMILIES is complete from here on)
 from . import log_counts, log_times # noqa: F401 (they register their families)
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #3ad68785
@@ -58,22 +58,23 @@ def log_number_by(q):
     name, agg = say_aggregate(q)
     fields, lines = numbers(q, 0.3, True)
     rows = "rows" if len(lines) > 3 else "lines"
+    q.alike.append(f"values.groupby(groups).{name}().round(3)") # every group has enough values
     return fields | dict(agg=agg.removesuffix(" of"), g=q.say(q.group)), [*lines, f"groups = {extract(q.group, rows)}", f"print(values.groupby(groups).{name}().dropna().round(3))"]
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #34dc7229
 @log_family(2, "number category", ordered=True, wordings="""
-    {n} {gs} with the highest {agg} {f}{w}
-    top {n} {gs} by {agg} {f}{w}
-    which {n} {gs} have the largest {agg} {f}{w}?
-    [show|print] the {n} {gs} with the greatest {agg} {f}{w}
-    rank {gs} by {agg} {f}{w}, top {n}
-    [find|list] the {n} {gs} leading in {agg} {f}{w}
+    {n} {gs} with the highest {agg} {f}{w}, and that value
+    top {n} {gs} by {agg} {f}{w}, with values
+    which {n} {gs} have the largest {agg} {f}{w}, and what is it?
+    [show|print] the {n} {gs} with the greatest {agg} {f}{w} and its values
+    rank {gs} by {agg} {f}{w}, top {n} with values
+    [find|list] the {n} {gs} leading in {agg} {f}{w}, with values
     {agg} {f} per {g}{w}, only the {n} highest
-    the {n} largest {gs} by {agg} {f}{w}
+    the {n} largest {gs} by {agg} {f}{w}, with values
     highest {agg} {f} by {g}{w}, first {n}
-    [give me|I want] the {n} {gs} where the {agg} {f} is highest{w}
-    the {n} {gs} that top the list by {agg} {f}{w}
-    order the {gs} by {agg} {f}{w} and keep {n}""")
+    [give me|I want] the {n} {gs} where the {agg} {f} is highest{w}, and its values
+    the {n} {gs} that top the list by {agg} {f}{w}, with values
+    order the {gs} by {agg} {f}{w} and keep {n}, with values""")
 def log_top_by(q):
     name, agg = say_aggregate(q, ("mean", "sum", "max", "median"))
     q.reserve(3) # the program rounds to three digits
@@ -121,18 +122,18 @@ def log_over(q):
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #0be8a23e
 @log_family(2, "number", wordings="""
-    what percentage of lines has a {f} above {n}{w}?
+    what percentage of the {f} values is above {n}{w}?
     share of {f} values above {n}{w} in percent
     how many percent of the {f} values are over {n}{w}?
-    percentage of lines with {f} above {n}{w}
+    percentage above {n} among the {f} values{w}
     [compute|print] the percentage of {f} values greater than {n}{w}
-    percent of the lines with a {f} over {n}{w}
-    [show|give me] the share with {f} above {n}{w} in percent
-    in percent, how many lines exceed a {f} of {n}{w}?
-    {f} above {n}{w}, in percent of the values
-    I need the percentage with a {f} larger than {n}{w}
-    how large a part, in percent, has {f} over {n}{w}
-    percentage that goes past a {f} of {n}{w}""")
+    percent of the lines with a {f} that have it over {n}{w}
+    [show|give me] the share of the {f} values above {n}{w} in percent
+    in percent of the lines with a {f}, how many exceed {n}{w}?
+    {f} above {n}{w}, in percent of the {f} values
+    I need the percentage of {f} values larger than {n}{w}
+    how large a part of the {f} values, in percent, is over {n}{w}
+    percentage of the {f} values that goes past {n}{w}""")
 def log_over_share(q):
     fields, lines = numbers(q, 0.3)
     q.key = next(k for k, f in FORMATS[q.fmt].fields.items() if f.pattern == q.taken.pattern)
@@ -140,20 +141,21 @@ def log_over_share(q):
     return fields | dict(n=n), [*lines, f"print(round(100 * (values > {n!r}).mean(), 2))"]
 
 @log_family(3, "number", wordings="""
-    how many {f} outliers are there{w}, z-score above {n}?
+    how many {f} outliers are there{w}, absolute z-score above {n}?
     number of {f} values more than {n} standard deviations from the mean{w}
-    count the {f} outliers beyond {n} sigma{w}
+    count the {f} outliers beyond {n} sigma on either side{w}
     flag {f} values with an absolute z-score over {n}{w}: how many
-    [show|print] the number of {f} anomalies{w}, threshold {n} standard deviations
-    outliers in {f}{w} by z-score, threshold {n}, count
+    [show|print] the number of {f} anomalies{w}, more than {n} standard deviations from the mean
+    outliers in {f}{w} by absolute z-score, threshold {n}, count
     how many lines have an unusual {f}{w}, more than {n} std from the mean?
-    [find|count] anomalies of {f}{w} at {n} sigma
-    z-score outliers of {f} above {n}{w}
+    [find|count] anomalies of {f}{w} beyond {n} sigma on either side
+    number of {f} outliers, absolute z-score above {n}{w}
     {f} anomalies{w} with |z| greater than {n}: how many
-    how many {f} values stray more than {n} sigma{w}
-    number of extreme {f} values{w}, over {n} standard deviations away""")
+    how many {f} values stray more than {n} sigma from the mean{w}
+    number of extreme {f} values{w}, over {n} standard deviations away from the mean""")
 def log_outliers(q):
     n, (fields, lines) = q.number(q.rng.choice((2, 2.5, 1.5, 4))), numbers(q, 0.35)
+    q.alike.append(f"(((values - values.mean()) / values.std(ddof=0)).abs() > {n}).sum()")
     return fields | dict(n=n), [*lines, "scores = (values - values.mean()) / values.std()", f"print((scores.abs() > {n}).sum())"]
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #8a900da9
@@ -168,11 +170,12 @@ def log_outliers(q):
     {f}: the {n} {x} values{w}
     what are the {n} {x} values of {f}{w}?
     I need the {n} {x} {f} values{w}
-    sort by {f}{w} and keep the {n} {x} values
+    go by {f}{w} and keep the {n} {x} values
     among the lines{w}, the {n} {x} {f} values""")
 def log_extremes(q):
     (x, code), n, (fields, lines) = q.rng.choice((("largest", "nlargest"), ("highest", "nlargest"), ("smallest", "nsmallest"), ("lowest", "nsmallest"))), q.few(), numbers(q)
     q.combine(f"pick {'highest' if code == 'nlargest' else 'lowest'}")
+    q.alike.append(f"values.drop_duplicates().{code}({n}).tolist()")
     return fields | dict(n=say_value(q.rng, n), x=x), [*lines, f"print(values.{code}({n}).tolist())"]
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #2e0b8737
@@ -191,6 +194,8 @@ def _second(q):
     columns = log_columns(fmt, file, q.rng, q.split, (other,))
     pattern, first = FORMATS[fmt].fields[other].pattern, q.take(key)
     names = {c.pattern: c.name for c in q.columns[1:]} # what both have is called the same
+    said = {v for c in q.columns[1:] if c.kind == "category" for v in c.values}
+    columns = [c for c in columns if c.pattern in names or c.kind != "category" or not said & set(c.values)] # a value is of one log
     columns = (columns[0], *(Column(names.get(c.pattern, c.name), *list(vars(c).values())[1:]) for c in columns[1:] if c.pattern in names or c.name not in names.values()))
     second = next((c for c in columns[1:] if c.pattern == pattern), None)
     if second is None: return None
@@ -211,7 +216,7 @@ def _sets(q):
     list the {fs} that {a} and {b} have in common
     [show|print] the common {fs} of {a} and {b}
     {fs} of {a} that also appear in {b}
-    sorted list of {fs} in {a} and in {b}
+    list of the {fs} in {a} and in {b}, both at once
     [find|give me] every {f} that stands in {a} and {b} both
     compare {a} with {b}: which {fs} are in both?
     intersection of the {fs} of {a} and {b}
@@ -230,7 +235,7 @@ def logs_common(q):
     list the {fs} that only {a} has, not {b}
     [show|print] the {fs} found in {a} and not in {b}
     {fs} in {a} without those in {b}
-    sorted list of {fs} in {a} that do not occur in {b}
+    list of {fs} in {a} that do not occur in {b}
     [find|give me] every {f} of {a} that {b} lacks
     compare {a} with {b}: which {fs} are only in {a}?
     {fs} that occur in {a} and never in {b}
@@ -243,18 +248,18 @@ def logs_only(q):
     return made[0], [*made[1], "print(sorted(first - second))"]
 
 @log_family(3, "category", wordings="""
-    how many {fs} of the lines{w} in {a} are also in {b}?
-    number of {fs} that occur in {a}{w} and in {b}
-    count the {fs} common to {a}{w} and {b}
-    [show|print] how many {fs} from {a}{w} appear in {b} too
+    how many different {fs} of the lines{w} in {a} are also in {b}?
+    number of different {fs} that occur in {a}{w} and in {b}
+    count the different {fs} common to {a}{w} and {b}
+    [show|print] how many different {fs} from {a}{w} appear in {b} too
     how many different {fs} do {a}{w} and {b} share?
     size of the overlap in {fs} between {a}{w} and {b}
-    [find|tell me] the number of shared {fs} of {a}{w} and {b}
-    {fs} in {a}{w} and {b}: how many in both?
-    count of {fs} found in {a}{w} and also in {b}
-    of the {fs} in {a}{w}, how many does {b} have as well?
+    [find|tell me] the number of different shared {fs} of {a}{w} and {b}
+    different {fs} in {a}{w} and {b}: how many in both?
+    count of distinct {fs} found in {a}{w} and also in {b}
+    of the different {fs} in {a}{w}, how many does {b} have as well?
     how large is the set of {fs} that {a}{w} and {b} agree on
-    {fs} that both {a}{w} and {b} know, as a number""")
+    distinct {fs} that both {a}{w} and {b} know, as a number""")
 def logs_overlap(q):
     made = _sets(q)
     if made is None: return None
@@ -263,17 +268,17 @@ def logs_overlap(q):
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #3a6bd8bf
 @log_family(3, "category", ordered=True, wordings="""
     lines in {a} per {f}, only for {fs} that are also in {b}, top {n}
-    top {n} {fs} of {a} among those that occur in {b}
-    count lines per {f} in {a} for the {fs} that {b} has too, first {n}
-    [show|print] the {n} most frequent {fs} of {a} that also appear in {b}
+    top {n} {fs} of {a} with counts, among those that occur in {b}
+    count lines per {f} in {a} for the {fs} that {b} has too, {n} highest
+    [show|print] the {n} most frequent {fs} of {a} that also appear in {b}, with counts
     for {fs} in both {a} and {b}, how often do they occur in {a}? top {n}
-    which {n} {fs} known from {b} are most frequent in {a}?
-    {n} busiest {fs} in {a} that {b} knows as well
+    which {n} {fs} known from {b} are most frequent in {a}, and how often?
+    {n} busiest {fs} in {a} that {b} knows as well, with counts
     counts in {a} of the {fs} found in {b}, the {n} highest
-    rank the {fs} of {a} that also stand in {b}, top {n}
-    restrict {a} to {fs} of {b} and show the top {n} {fs}
-    keep the {fs} of {a} that {b} contains and give the {n} commonest
-    of the {fs} in {b}, the {n} that come up most in {a}""")
+    rank the {fs} of {a} that also stand in {b}, top {n} with counts
+    restrict {a} to {fs} of {b} and show the top {n} {fs} with counts
+    keep the {fs} of {a} that {b} contains and give the {n} commonest with counts
+    of the {fs} in {b}, the {n} that come up most in {a}, and how often""")
 def logs_joined(q):
     chosen, n = _second(q), q.few()
     if chosen is None: return None
@@ -290,7 +295,7 @@ _PICTURES = [f"{stem}.{suffix}" for stem in "counts chart bars plot levels hours
     [draw|make] a bar plot of lines per {f}{w}, top {n}, saved as {p}
     save a bar chart of the {n} most common {fs}{w} to {p}
     bars for the top {n} {fs}{w}, into {p}
-    plot counts by {f}{w}, first {n}, into {p}
+    plot counts by {f}{w}, highest {n}, into {p}
     show the top {n} {fs}{w} as a bar chart, file {p}
     [create|write] {p} with a bar chart of the {n} leading {fs}{w}
     visualise the {n} most frequent {fs}{w} and save {p}
@@ -321,7 +326,7 @@ def log_plot_times(q):
     (u, code), p = q.rng.choice((("hour", "h"), ("minute", "min"), ("day", "D"))), q.rng.choice(_PICTURES).replace("report/", "")
     q.combine(f"per {u}")
     w, lines, rows = line_filter(q, 0.4)
-    return (dict(w=w, u=u, p=p), ["import matplotlib.pyplot as plt", *read(q.file), *lines, f"times = pd.to_datetime({extract(q.times, rows)}, format={q.times.values[0]!r})",
+    return (dict(w=w, u=f"calendar {u}", p=p), ["import matplotlib.pyplot as plt", *read(q.file), *lines, f"times = pd.to_datetime({extract(q.times, rows)}, format={q.times.values[0]!r})",
             f"times.dt.floor({code!r}).value_counts().sort_index().plot()", f"plt.savefig({p!r})", f"print('saved', {p!r})"])
 
 # %% ../../nbs/10_curation/06_log_tasks.ipynb #356fe89d
@@ -329,12 +334,18 @@ def ask_log(
     rng:random.Random, # the only source of chance
     family:Family, # of LOG_FAMILIES
     split:str="train", # one of tasks.SPLITS
-)-> tuple: # request, columns (each file, then its fields), program, {file: format}; None where the split may not have it
+)-> tuple: # request, columns (each file, then its fields), program, Logs; None where the split may not have it
     "One question of a family about a log file, or about two."
     if not formats_of(family, split): return None
-    built = family.build(q := LogQuestion(rng, family, split))
-    if built is None: return None
-    fields, lines = built
-    program = assemble(lines)
-    if not allowed(q, program): return None
-    return ask(rng, family, fields, split, "" if "a" in fields else q.file), q.columns, program, q.files
+    state, most = rng.getstate(), 99
+    for again in (False, True): # the same with a smaller N, if there is no more than N
+        if again: rng.setstate(state)
+        built = family.build(q := LogQuestion(rng, family, split, most=most))
+        if built is None: return None
+        fields, program = built[0], assemble(built[1])
+        if not again and any(held_out(family.name, p) for p in q.parts) != (split == "composition"): return None
+        n, most = there_are(q, program)
+        if n < most: break
+        if n == 1 or most < 3: return None
+    if n >= most or not allowed(q, program): return None
+    return ask(rng, family, fields, split, "" if "a" in fields else q.file), q.columns, program, logs_for(q, program)
