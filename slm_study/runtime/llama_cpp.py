@@ -99,17 +99,19 @@ class Llama:
             if self.sequence[i] != sequence: b.seq_id[i][0] = self.sequence[i] = sequence
         if status := self.lib.llama_decode(self.context, b): raise StudyError(f"{self.path}: llama.cpp stopped ({status}): {_why()}")
 
-    def logits(self,
-        i:int # which row of the last `feed`
-    ) -> np.ndarray: # [vocab], a view that the next feed overwrites
-        "Logits after one fed token."
-        at = self.lib.llama_get_logits_ith(self.context, i)
-        if at not in self.views: self.views[at] = np.frombuffer((ctypes.c_float*self.size).from_address(at), np.float32)
-        return self.views[at]
-
     def clear(self): self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
 # %% ../../nbs/40_runtime/01_llama_cpp.ipynb #038c3b20
+@patch
+def logits(
+    self:Llama,
+    i:int # which row of the last `feed`
+) -> np.ndarray: # [vocab], a view that the next feed overwrites
+    "Logits after one fed token."
+    at = self.lib.llama_get_logits_ith(self.context, i)
+    if at not in self.views: self.views[at] = np.frombuffer((ctypes.c_float*self.size).from_address(at), np.float32)
+    return self.views[at]
+
 @patch
 def read(
     self:Llama,
