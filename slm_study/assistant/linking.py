@@ -173,7 +173,7 @@ def day_asked(
     if "%d" not in form and time.pattern or year and "%y" not in form.lower() or not (1 <= month <= 12 and 1 <= day <= 31): return
     part, value = ("%Y-%m-%d", f"{year:04}-{month:02}-{day:02}") if year else ("%m-%d", f"{month:02}-{day:02}")
     times, rows, after = (f"lines.str.extract({literal(time.pattern)}, expand=False), format={form!r}, errors='coerce'", "lines", f"lines = pd.Series(open({data.name!r}).read().splitlines())") if time.pattern else (f"df[{time.name!r}], errors='coerce', format='mixed', utc=True", "df", f"df = pd.read_{'csv' if data.format == 'csv' else 'json'}({data.name!r}")
-    return Day(m[0].strip(), " ".join((request[:m.start()] + " " + request[m.end():]).split()).replace(" ?", "?"), f"{rows} = {rows}[pd.to_datetime({times}).dt.strftime({part!r}) == {value!r}]", after)
+    return Day(re.sub(r"^(?:on|at|of|for|from|during|in)\s+", "", m[0].strip(), flags=re.I), " ".join((request[:m.start()] + " " + request[m.end():]).split()).replace(" ?", "?"), f"{rows} = {rows}[pd.to_datetime({times}).dt.strftime({part!r}) == {value!r}]", after)
 
 def keep_day(
     program:str, # with real names
