@@ -21,7 +21,8 @@ from ..curation.slots import SLOT_TOKENS, fill_slots, handover_of
 from ..runtime.llama_cpp import Llama, detokenize, tokenize, write
 from ..evaluation.repair import repair
 from ..evaluation.sandbox import Limits, Sandbox
-from .linking import quote_found, unused
+from .answers import Wanted, invented, misfit, tied, turned, wanted, with_ties
+from .linking import day_asked, keep_day, one_measure, quote_found, unused
 from .reader import Data, as_said
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #4504d7b3
@@ -68,6 +69,12 @@ class Reply:
     unused: tuple     # what the request mentions and the program leaves out
     writing_s: float  # seconds of the model
     running_s: float  # seconds of the program
+    misfit: str = ""  # why it cannot be what was asked for
+    turned: bool = False # has the program got the end that was asked for, instead of its own?
+    notes: tuple = () # what else there is to know: the day that was taken, a tie
+
+    @property
+    def flawed(self): return bool(self.unused or self.misfit)
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #84e5ae21
 class Assistant:
@@ -124,21 +131,45 @@ def ask(self:Assistant,
     if not request.strip(): raise StudyError("request: is empty; ask something, such as 'how many lines per level?'")
     forms = [c.values[0] for d in data for c in d.columns if c.kind == "time" and c.pattern]
     said = re.sub("|".join(re.escape(d.name) for d in data), "", request) # a file may be called after a date
-    if forms and not any("%y" in f.lower() for f in forms) and re.search(r"(?<!\d)\d{4}-\d\d-\d\d", said): raise StudyError("request: names a date, and the times of this log have no year; ask for lines with 'Mar  5', as the log writes it")
+    if forms and not any("%y" in f.lower() for f in forms) and re.search(r"(?<!\d)\d{4}-\d\d-\d\d", said): raise StudyError("request: names a date, and the times of this log have no year; ask without it, such as 'on March 5'")
     if again := [d.name for i, d in enumerate(data) if d.name in {e.name for e in data[:i]}]: raise StudyError(f"data: two files are named {again[0]}; rename one")
     columns, files, start, known, replies = tuple(c for d in data for c in as_said(d, request)), {d.name: d.text for d in data}, time.perf_counter(), {}, []
-    for d in data: request = quote_found(request, d, columns)
+    request, day, want = _understood(request, data, columns)
     prompt, slots = render(request, handover_of(columns), columns, self.in_slots)
-    called = {c.pattern or c.name: c.name for c in columns} # what a user calls what stands in a slot
+    called, times = {c.pattern or c.name: c.name for c in columns}, {c.pattern or c.name for c in columns if c.kind == "time"} # what a user calls what stands in a slot
+    def run(program):
+        if program not in known: known[program] = self.sandbox.run(program, files)
+        return known[program]
+    check = lambda program, got: misfit(want, got.stdout, program, data[0]) if got.verdict == "ok" and got.stdout.strip() and not got.files else ""
     for draw, name in ((draw, name) for draw in range(self.draws + 1) for name in self.models):
         if replies and time.perf_counter() - start > self.patience_s: break
         program, text, wrote = self.write(name, prompt, slots, draw)
-        if program not in known: known[program] = self.sandbox.run(program, files)
-        replies.append(_reply(name, program, tuple(called.get(v, v) for v in unused(request, prompt, text, slots)), known[program], wrote))
+        left_out = tuple(called.get(v, v) for v in unused(request, prompt, text, slots, [s for s, v in slots.items() if v in times]))
+        if day: program, left_out = (with_day, left_out) if (with_day := keep_day(program, day)) else (program, (*left_out, day.said))
+        got = run(program)
+        wrong = check(program, got) or (f"of the first or those beyond {' and '.join(odd)}, which nobody asked for" if data and (odd := invented(text)) else "")
+        new = turned(want, program) if wrong else ""
+        if better := bool(new) and (again := run(new)).verdict == "ok" and bool(again.stdout.strip()) and not check(new, again): program, got, wrong = new, again, ""
+        replies.append(replace(_reply(name, program, left_out, got, wrote), misfit=wrong, turned=better))
+    best, *others = _counted(replies)
+    notes = [f"of {day.said} alone, by a line in the program"] if day and day.said not in best.unused else []
+    if best.ran and (more := with_ties(best.program)) and (got := self.sandbox.run(more, files)).verdict == "ok" and (tie := tied(got.stdout)): notes.append(tie)
+    return [replace(best, notes=tuple(notes)), *others]
+
+# %% ../../nbs/70_assistant/01_assistant.ipynb #f9fb12be
+def _understood(request, data, columns):
+    "The request as the models know such, a day that was taken out of it, and what it wants"
+    day = day_asked(request, data[0], columns) if len(data) == 1 else None
+    if day: request = day.request
+    for d in data: request = quote_found(one_measure(request, d, columns), d, columns)
+    return request, day, wanted(request, columns) if len(data) == 1 else Wanted("")
+
+def _counted(replies):
+    "One reply for all that say the same, the best first"
     groups = {}
     for r in replies: groups.setdefault(_said(r), []).append(r)
-    whole = [[r for r in rs if not r.unused] or rs for rs in groups.values()] # a program that leaves something out is no witness for one that does not
-    return sorted((replace(rs[0], votes=len(rs), of=len(replies)) for rs in whole), key=lambda r: (not r.ran, bool(r.unused), -r.votes))
+    whole = [[r for r in rs if not r.flawed] or rs for rs in groups.values()] # a program that leaves something out is no witness for one that does not
+    return sorted((replace(rs[0], votes=len(rs), of=len(replies)) for rs in whole), key=lambda r: (not r.ran, r.flawed, -r.votes))
 
 def _reply(name, program, left_out, got, wrote):
     "What became of one program"

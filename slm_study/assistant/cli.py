@@ -110,7 +110,7 @@ def tell(
     replies:list,   # of Assistant.ask
     show_code:bool, # the program too?
     tuned:bool      # by a study?
-) -> int: # 0 an answer, 1 none, 3 one that leaves out what was asked
+) -> int: # 0 an answer, 1 none, 3 one that leaves out what was asked, or is no answer to it
     "Print an answer, and beside it what there is to know of it."
     best, *others = replies
     note = lambda text: print(f"slm-study: {text}", file=sys.stderr)
@@ -120,13 +120,15 @@ def tell(
         return 1
     if best.answer: print(best.answer)
     for name, content in best.files.items(): note(f"wrote {_kept(Path(name).name, content)}")
+    for text in (*best.notes, *["the programs ended in something else than was asked for, and got the end that the question names; --show-code shows one"]*best.turned): note(text)
     if best.unused: note(f"this makes no use of {', '.join(map(repr, best.unused))} and is probably wrong; say it in other words, or check the program")
+    elif best.misfit: note(f"this is {best.misfit}, and is probably wrong; say it in other words, or check the program")
     elif best.votes == best.of > 1: note(f"all {best.of} programs that were written say so, which is less of a proof the more a question is in your own words; --show-code shows one")
     elif best.of > 1:
         note(f"{best.votes} of {best.of} programs say so, so check it by --show-code")
-        for r in [r for r in others if r.ran][:2]: note(f"{r.votes} of {r.of}{' that leave something out' if r.unused else ''}: {' '.join(r.answer.split())[:200] or 'a file'}")
+        for r in [r for r in others if r.ran][:2]: note(f"{r.votes} of {r.of}{' that leave something out' if r.unused else f', set back as {r.misfit}' if r.misfit else ''}: {' '.join(r.answer.split())[:200] or 'a file'}")
     if not tuned: note("answered by the models that come with the project; after `make study` its tuned ones do, which are better")
-    return 3 if best.unused else 0
+    return 3 if best.flawed else 0
 
 # %% ../../nbs/70_assistant/02_cli.ipynb #daea3433
 def _add_export(commands):
