@@ -22,7 +22,7 @@ class Wanted(NamedTuple):
     equal: tuple = ()    # (field, number) that the question sets equal
     sign: str = ""       # ">" or "<", where the question names one
 
-_MANY = re.compile(r"\b(?:per|each|every|by|hourly|daily|lists?|all the|table|plot|draw|chart|histogram|distribution|distributed|spread|break|split|group|compare|rank|both|and (?:its|their|how)|in a row|between|correlat\w+|ratio|rate|gaps?|intervals?|bounds|frequency|frequencies|percentile|quantile|outliers?|unusual)\b|hour by hour|\btop \d")
+_MANY = re.compile(r"\b(?:per|each|every|by|hourly|daily|lists?|all the|table|plot|draw|chart|histogram|distribution|distributed|spread|break|split|group|compare|rank|both|and (?:its|their|how)|in a row|between|correlat\w+|ratio|rate|gaps?|intervals?|bounds?|together|pairs?|combinations?|over the (?:hours|days|months)|frequency|frequencies|percentile|quantile|outliers?|unusual)\b|hour by hour|\btop \d")
 _FEW = r"\d+|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
 _SHARE = re.compile(r"\b(?:share|percent|percentage|proportion|fraction)\b|%")
 _UNIT = r"hours?|days?|minutes?|seconds?|weeks?|months?|years?|bytes|times"
