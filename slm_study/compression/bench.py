@@ -136,8 +136,8 @@ def exit_bench(
 def _with_exits(name, folder, exits, steps, taken=False):
     "A base, its tokenizer, exits trained for it (to be taken, or to draft from), and a source of chance for more pairs."
     model, tokenizer = load_checkpoint(folder or root()/"bases"/name)
-    rng = random.Random(1)
-    batches = training_batches(tokenizer, [make_pair(rng) for _ in range(32*steps)], model.config.max_position_embeddings, 16, 2*steps, 0)
+    rng, n = random.Random(1), 2*steps if taken else steps # batches
+    batches = training_batches(tokenizer, [make_pair(rng) for _ in range(16*n)], model.config.max_position_embeddings, 16, n, 0)
     heads = train_exits(model, batches[:steps], list(exits), steps)
     if taken:
         fit_fills(model, heads, batches[:steps])
