@@ -14,9 +14,9 @@ from scipy import stats
 
 from ..records import METRICS, atomic_write
 from ..evaluation.statistics import minimum_detectable_effect, two_proportions
-from .tables import APART, MISSING, PUBLISHED, cells, show, to_markdown, write_table, write_tables
+from .tables import APART, MISSING, PUBLISHED, cells, our_cell, show, to_markdown, write_table, write_tables
 from .comparisons import SAME_FILE, noise_band, paired, same_as_base, smallest_effect, time_verdict, table_aa, table_base_again, table_device, table_splits, table_vs_base
-from .published import RUNS, STARCODER, TINYLLAMA, VERDICTS, Claim, bigcode_parameters, cell_claims, fp32_mib, llama_parameters, noise_floor, of_run, on_all_prompts, our_cell, published_value, rounds_to, spread, table_2_counts
+from .published import RUNS, STARCODER, TINYLLAMA, VERDICTS, Claim, bigcode_parameters, cell_claims, fp32_mib, llama_parameters, noise_floor, of_run, on_all_prompts, published_value, rounds_to, spread, table_2_counts
 from . import figures, own_figures
 from .own_figures import write_own_figures
 from .figures import write_figures

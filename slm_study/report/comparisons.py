@@ -16,7 +16,7 @@ import pandas as pd
 from ..recipes import MODELS, TECHNIQUES, TECHNIQUE_NAMES, Evaluation, Recipe, StudyError
 from ..records import BACKENDS, METRICS, SPLIT_METRICS, read_record, record_paths
 from ..evaluation.statistics import all_at_once, between_pairs, holm, paired_difference, sign_flip, with_pairs
-from .tables import MISSING, UNPUBLISHED, cells, show, why_empty
+from .tables import MISSING, UNPUBLISHED, cells, our_cell, show, why_empty
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #7a11eb65
 _RUN = ["model", "technique", "seed"]
@@ -171,8 +171,6 @@ def table_base_again(
     return pd.DataFrame(rows, columns=["Model", "Backend", "Metric", "Unit", "Base", "Base again", "Ratio", "Within"])
 
 # %% ../../nbs/60_report/00b_comparisons.ipynb #8eefb25d
-def _cell(ours, *key): return ours.loc[key] if key in ours.index else None
-
 def remarks(
     records:pd.DataFrame # columns of records.csv
 ) -> pd.DataFrame: # model, technique, backend, remark
@@ -181,7 +179,7 @@ def remarks(
     for backend in [b for b in BACKENDS if b in set(records.backend)]:
         ours, band = cells(records, backend), noise_band(records, backend)
         for model, technique in dict.fromkeys((m, t) for m, t, _ in ours.index if t != "base"):
-            get = lambda metric: (_cell(ours, model, technique, metric), _cell(ours, model, "base", metric))
+            get = lambda metric: (our_cell(ours, model, technique, metric), our_cell(ours, model, "base", metric))
             said = []
             ratio, verdict = get("time_ratio")[0], time_verdict(get("time_ratio")[0], band)
             if verdict in ("faster", "slower"): said.append(f"{verdict} per token: {show(ratio, 'x base')} of base, noise {band[0]:.2f} to {band[1]:.2f}")
@@ -208,7 +206,7 @@ def own_weights(
 ) -> bool:
     "Are these base's own weights by construction? llama.cpp knows no exits and rounds from base; a tied model has nothing to share."
     if technique != "weight_sharing": return technique in ("early_exit", "quantization") and backend != "torch"
-    sizes = [_cell(ours, model, t, "parameters") for t in ("weight_sharing", "base")]
+    sizes = [our_cell(ours, model, t, "parameters") for t in ("weight_sharing", "base")]
     return all(s is not None for s in sizes) and bool(sizes[0]["value"] == sizes[1]["value"])
 
 def same_as_base(
@@ -244,7 +242,7 @@ def table_vs_base(
         ours, band = cells(records, backend), noise_band(records, backend)
         for model in MODELS:
             here = [t for t in TECHNIQUES if t != "base" and any((m, x) == (model, t) for m, x, _ in ours.index)]
-            ratio = {t: _cell(ours, model, t, "time_ratio") for t in here}
+            ratio = {t: our_cell(ours, model, t, "time_ratio") for t in here}
             diff = {t: d.iloc[0] for t in here if len(d := pairs[(pairs.model == model) & (pairs.technique == t) & (pairs.backend == backend)])}
             fast = [t for t in here if time_verdict(ratio[t], band) == "faster"]
             right = [t for t in diff if diff[t].p_holm < .05 and diff[t].difference > 0]
@@ -254,8 +252,8 @@ def table_vs_base(
                 rows.append({"Model": model, "Technique": TECHNIQUE_NAMES[t], "Backend": backend,
                     "Time per token (x base)": _bold(show(ratio[t], "x base"), t == best[0]), "Base against itself (x base)": MISSING if band is None else f"{band[0]:.2f} to {band[1]:.2f}",
                     **({k: why_empty(records, "accuracy_pct") for k in _RIGHT} if t not in diff else dict(zip(_RIGHT, (_bold(_signed(diff[t]), t == best[1]), _at_most(diff[t]), _p(diff[t].p_holm))))),
-                    "Peak memory": _change(_cell(ours, model, t, "peak_mem_mib"), _cell(ours, model, "base", "peak_mem_mib"), "MiB"),
-                    "On disk": _change(_cell(ours, model, t, "disk_mib"), _cell(ours, model, "base", "disk_mib"), "MiB"), "Time, tokens, memory in words": w.iloc[0] if len(w) else UNPUBLISHED})
+                    "Peak memory": _change(our_cell(ours, model, t, "peak_mem_mib"), our_cell(ours, model, "base", "peak_mem_mib"), "MiB"),
+                    "On disk": _change(our_cell(ours, model, t, "disk_mib"), our_cell(ours, model, "base", "disk_mib"), "MiB"), "Time, tokens, memory in words": w.iloc[0] if len(w) else UNPUBLISHED})
     return pd.DataFrame(rows, columns=["Model", "Technique", "Backend", "Time per token (x base)", "Base against itself (x base)", *_RIGHT, "Peak memory", "On disk", "Time, tokens, memory in words"])
 
 def smallest_effect(
@@ -320,5 +318,5 @@ def table_splits(
     "Right answers on every split."
     ours = cells(records)
     runs = [(m, t) for m in MODELS for t in TECHNIQUES if any((m, t, k) in ours.index for k in SPLIT_METRICS.values())]
-    rows = [{"Model": m, "Technique": TECHNIQUE_NAMES[t], **{f"{s.replace('_', ' ')} (%)": show(_cell(ours, m, t, k), "%") for s, k in SPLIT_METRICS.items()}} for m, t in runs]
+    rows = [{"Model": m, "Technique": TECHNIQUE_NAMES[t], **{f"{s.replace('_', ' ')} (%)": show(our_cell(ours, m, t, k), "%") for s, k in SPLIT_METRICS.items()}} for m, t in runs]
     return pd.DataFrame(rows, columns=["Model", "Technique", *(f"{s.replace('_', ' ')} (%)" for s in SPLIT_METRICS)])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COLUMNS', 'PUBLISHED_TECHNIQUES', 'PUBLISHED', 'NOT_FOR', 'MISSING', 'UNPUBLISHED', 'NO_QUALITY', 'APART',
-           'CAPTIONS', 'published', 'made_up_records', 'cells', 'why_empty', 'show', 'best_of', 'table_1', 'table_2',
-           'table_notes', 'table_all', 'to_markdown', 'to_latex', 'write_table', 'write_tables']
+           'CAPTIONS', 'published', 'made_up_records', 'cells', 'our_cell', 'why_empty', 'show', 'best_of', 'table_1',
+           'table_2', 'table_notes', 'table_all', 'to_markdown', 'to_latex', 'write_table', 'write_tables']
 
 # %% ../../nbs/60_report/00_tables.ipynb #25565ce5
 import io, itertools
@@ -98,6 +98,13 @@ def cells(
     rows, of = records[records.backend == backend], records.groupby(["model", "technique"]).seed.nunique()
     out = rows.groupby(["model", "technique", "metric"]).agg(value=("value", "mean"), low=("low", "min"), high=("high", "max"), n=("n", "max"), seeds=("seed", "nunique"))
     return out.assign(of=[of[k[:2]] for k in out.index])
+
+def our_cell(
+    ours:pd.DataFrame|None, # of `cells`; None where there are no records
+    model:str, technique:str, metric:str, # its index
+) -> pd.Series|None: # value, low, high, n, seeds, of; None without a record
+    "One of the cells, if it was measured."
+    return ours.loc[(model, technique, metric)] if ours is not None and (model, technique, metric) in ours.index else None
 
 # %% ../../nbs/60_report/00_tables.ipynb #3a0e21c4
 MISSING, UNPUBLISHED = "missing", "–"
