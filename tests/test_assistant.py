@@ -1,5 +1,5 @@
 "Questions about real-looking files, from the shell: right answers, pictures, what the programs agree on, and one line for what cannot be."
-import contextlib, gzip, io, json, os, re, statistics, subprocess, sys
+import contextlib, gzip, io, json, os, re, socket, statistics, subprocess, sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import pytest
 
 from slm_study.assistant import assistant
 from slm_study.assistant.assistant import Assistant, Reply
-from slm_study.assistant.cli import main, tell
+from slm_study.assistant.cli import COMMANDS, main, tell
 from slm_study.assistant.reader import as_said, read_data
 from slm_study.curation.log_formats import FORMATS, fill_log
 from slm_study.curation.prompts import render
@@ -50,9 +50,10 @@ def test_what_cannot_be_asked_is_one_line_and_exit_2(folder):
 def test_every_known_format_is_read_with_its_fields(fmt, tmp_path):
     (tmp_path/"a.log").write_text(fill_log(fmt, np.random.default_rng(5), 120))
     data = read_data(tmp_path/"a.log")
-    assert data.format == fmt and len(data.columns) > len(FORMATS[fmt].fields)/2
-    for f in FORMATS[fmt].fields.values():
-        if f.pattern not in {c.pattern for c in data.columns}: continue
+    lines = pd.Series(data.text.splitlines())
+    said = [f for f in FORMATS[fmt].fields.values() if lines.str.extract(f.pattern, expand=False).notna().any()]
+    assert data.format == fmt and {f.pattern for f in said} <= {c.pattern for c in data.columns}
+    for f in said:
         for name in f.names: # whatever people call it, unless another field of this format is called so too
             if sum(name in g.names for g in FORMATS[fmt].fields.values()) == 1:
                 assert name in [c.name for c in as_said(data, f"how many lines per {name}?") if c.pattern == f.pattern], (fmt, name)
@@ -106,6 +107,14 @@ def test_what_is_said_beside_an_answer(capsys):
     status, out, err = said(reply("", 1, 2, "ValueError: no"), reply("", 1, 2, "KeyError: 'a'"))
     assert (status, out) == (1, "") and "no program ran (ValueError: no; KeyError: 'a')" in err and len(err.splitlines()) == 1
 
+def test_programs_run_isolated_and_nothing_leaves_the_machine(folder, monkeypatch):
+    went, connect = [], socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", lambda s, address: connect(s, address) if s.family == socket.AF_UNIX else went.append(address))
+    with Assistant(runs=str(folder/"runs"), draws=0) as assistant:
+        assert assistant.sandbox.tier.name in "ABC"
+        assert assistant.ask("how many lines are there?", [read_data(folder/"openssh.log")])[0].answer == "150"
+    assert went == []
+
 def test_words_of_the_log_need_no_quotes(folder):
     "As people ask; the answers are counted here, by other means."
     text = (folder/"openssh.log").read_text()
@@ -123,6 +132,45 @@ def test_no_program_names_a_slot_that_has_no_value(folder):
 def test_a_log_without_years_is_asked_no_date(folder):
     with Assistant(runs=str(folder/"runs")) as assistant:
         with pytest.raises(StudyError, match="have no year"): assistant.ask("how many lines after 2024-03-05?", [read_data(folder/"openssh.log")])
+
+@pytest.mark.parametrize("name, content, says", [("a.json", b'[{"a": 1}, {"a": 2}]', "one JSON document"), ("b.json", b'{\n "a": 1\n}\n', "one JSON document"), ("c.csv", "a,b\n1,2\n".encode("utf-16"), "UTF-16"),
+    ("d.csv", b"1,2\n3,4\n5,6\n", "no names"), ("e.csv", b"time;temp1\n1;2\n3;4\n", "';'")])
+def test_a_file_that_is_nearly_right_is_refused_with_the_way_out(tmp_path, name, content, says):
+    (tmp_path/name).write_bytes(content)
+    with pytest.raises(StudyError, match=says) as e: read_data(tmp_path/name)
+    assert "write" in str(e.value) or "add" in str(e.value)
+
+def test_a_small_device_writes_its_syslog_with_facility_and_level(folder, tmp_path):
+    lines = [f"Mar  4 0{i % 10}:25:01 gw {part}.{level} {program}: {m}" for i, (part, level, program, m) in enumerate([("authpriv", "warn", "dropbear[512]", "Bad password attempt"), ("kern", "err", "kernel", "mmc0: timeout: no answer"), ("daemon", "info", "netifd", "link up")]*7)]
+    (tmp_path/"messages").write_text("\n".join([*lines, lines[0], ""]))
+    data = read_data(tmp_path/"messages")
+    said = {c.name: c.values for c in data.columns if c.kind == "category"}
+    assert set(said["program"]) == {"dropbear", "kernel", "netifd"} and set(said["level"]) == {"warn", "err", "info"} and said["host"] == ("gw",)
+    with Assistant(runs=str(folder/"runs")) as assistant: counts = assistant.ask("how many lines per program?", [data])[0].answer.split()
+    assert [counts[counts.index(p) + 1] for p in ("dropbear", "kernel", "netifd")] == ["8", "7", "7"]
+
+def test_every_key_of_logfmt_is_a_field(tmp_path):
+    (tmp_path/"kv.log").write_text("".join(f'ts=2026-03-04T06:{i:02}:00Z level={level} device=pump-{i % 2} temp={60 + i}.5 msg="it runs"\n' for i, level in enumerate(["info", "warn"]*10)))
+    fields = {c.name: (c.kind, set(c.values)) for c in read_data(tmp_path/"kv.log").columns}
+    assert fields["device"] == ("category", {"pump-0", "pump-1"}) and fields["temp"] == ("number", set()) and {"time", "level", "message"} <= set(fields)
+
+def test_words_that_are_in_no_line_are_told(folder):
+    with Assistant(runs=str(folder/"runs"), draws=0) as assistant:
+        notes = {q: assistant.ask(q, [read_data(folder/"openssh.log")])[0].notes for q in ("how many lines mention flamingos?", "how many lines mention sshd?")}
+    assert any("flamingos" in n for n in notes["how many lines mention flamingos?"]) and notes["how many lines mention sshd?"] == ()
+
+def test_who_stops_or_goes_away_sees_no_traceback(folder, monkeypatch, capsys):
+    def stopped(a): raise KeyboardInterrupt
+    monkeypatch.setitem(COMMANDS, "bench", stopped)
+    assert main(["bench"]) == 130 and capsys.readouterr().err == "slm-study: stopped\n"
+    read, write = os.pipe(); os.close(read)
+    done = subprocess.run([sys.executable, "-c", "import sys; from slm_study.assistant.cli import main; sys.exit(main())", "ask", "--data", str(folder/"openssh.log")], stdout=write, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+def test_standard_input(folder):
+    done = subprocess.run([sys.executable, "-c", "import sys; from slm_study.assistant.cli import main; sys.exit(main())", "ask", "--data", "-"], input=(folder/"openssh.log").read_text(), capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stdout.startswith("stdin: a log of the format openssh, 150 lines"), done.stderr
 
 def test_fields_of_a_file(folder):
     done = ask(folder, "--data", str(folder/"openssh.log"))

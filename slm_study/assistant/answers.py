@@ -43,10 +43,15 @@ def wanted(
     more, less = (re.search(words, said) for words in (r"\b(?:more than|over|above|greater than|exceed\w*|longer than|larger than|higher than|at least|beyond) \d", r"\b(?:less than|under|below|fewer than|smaller than|shorter than|lower than|at most) \d"))
     return _kind(request, columns)._replace(equal=() if re.search(_COMPARED, said) else equal, sign=">" if more and not less else "<" if less and not more else "")
 
+def _one_how(said):
+    "The aggregate that a list is of, if one is named"
+    hows = [h for h, words in _HOWS.items() if re.search(rf"\b(?:{words})\b", said)]
+    return hows[0] if len(hows) == 1 and not _SHARE.search(said) and "typical" not in said else ""
+
 def _kind(request, columns):
     "What a question asks for, without its conditions"
     said = re.sub(r"""(?<!\w)(['"]).+?\1(?!\w)""", "", request.lower())
-    if _MANY.search(said) or re.search(rf"\b(?:{_FEW})\s+(?:[\w-]+\s+)?[\w-]+s\b(?! or)", said) and not re.search(r"\bhow many\b", said): return Wanted("")
+    if _MANY.search(said) or re.search(rf"\b(?:{_FEW})\s+(?:[\w-]+\s+)?[\w-]+s\b(?! or)", said) and not re.search(r"\bhow many\b", said): return Wanted("", how=_one_how(said))
     fields = [(a, columns[i]) for a, _, (kind, _, i) in find_mentions(request, columns) if kind == "C"]
     at, number = next(((a, c) for a, c in fields if c.kind == "number"), (0, None))
     most = "min" if _LEAST.search(said) else "max" if _MOST.search(said) else ""
@@ -59,6 +64,7 @@ def _kind(request, columns):
     if one and fields[0][1].kind == "category" and most: return Wanted("value", fields[0][1], most) if re.match(rf"{re.escape(fields[0][1].name)}(?!\w)", request[fields[0][0]:], re.I) else Wanted("")
     if how and {c.name for _, c in fields} == {number.name}: return Wanted("number", number, how)
     if re.match(r"who\b", said.strip()): return Wanted("who")
+    if not fields and re.match(r"which [a-z]+s (?:were|are|did|do|have|had|got)\b", said.strip()): return Wanted("who") # things by their names
     end = "min" if re.search(r"\b(?:first|earliest)\b", said) else "max" if re.search(r"\b(?:last|latest)\b", said) else ""
     return Wanted("time", next((c for c in columns if c.kind == "time"), None), end) if re.match(r"when\b|(?:at )?what time\b", said.strip()) else Wanted("")
 
@@ -74,6 +80,8 @@ def values_of(
     table = pd.read_csv(io.StringIO(data.text)) if data.format == "csv" else pd.DataFrame([json.loads(l) for l in data.text.splitlines() if l.strip()])
     return table[field.name].dropna().astype(str)
 
+_ENDS = {("time", "min"): "first", ("time", "max"): "last"}
+
 def _unequal(want):
     field, n = want.equal
     return ("" if field.pattern else re.escape(f"[{field.name!r}]")) + rf" [<>]=? {re.escape(str(n))}(?![\w.])"
@@ -82,7 +90,6 @@ def _rows(answer): return [l for l in answer.splitlines() if l.strip() and not l
 
 def _not_one_number(answer, whole=False):
     if not _NUMBER.fullmatch(said := answer.strip().removesuffix("%").strip()): return "a list or a text, where one number was asked for"
-    if said.lower().strip("-") in ("inf", "nan"): return f"{said}, which is no number"
     if whole and not re.fullmatch(r"\d+", said): return f"{said}, which is no count"
 
 def misfit(
@@ -95,6 +102,7 @@ def misfit(
     rows, said, last = _rows(answer), answer.strip().removesuffix("%").strip(), (program.strip().splitlines() or [""])[-1]
     if want.equal and re.search(_unequal(want), program): return f"of a {want.equal[0].name} above or below {want.equal[1]}, where {want.equal[1]} was asked for"
     if want.sign and (signs := {s[0] for s in re.findall(r"([<>]=?) \d", program)}) and want.sign not in signs: return f"of what is {'below' if want.sign == '>' else 'above'}, where the opposite was asked for"
+    if said.lower().strip("-") in ("inf", "nan"): return f"{said}, which is no number"
     dated = re.search(r"\d\d:\d\d|\d{4}-\d\d|\b[A-Z][a-z]{2} +\d", answer) is not None
     if want.kind == "share": return _not_one_number(answer) or ("" if 0 <= float(said) <= 100 else f"{said}, which is no share")
     if want.kind == "count":
@@ -112,8 +120,10 @@ def misfit(
     if want.kind == "value":
         if len(rows) > 1: return f"a list, where one {want.field.name} was asked for"
         return "" if (there := set(values_of(data, want.field))) & {said, *re.split(r"\s{2,}", said)[:1], said.strip("[]()'\"")} or not there else f"{said[:40]}, and no {want.field.name} is called so"
-    if want.kind == "who": return "no name, where somebody was asked for" if dated or _NUMBER.fullmatch(said) else ""
-    return "no time, where a time was asked for" if want.kind == "time" and not dated and not re.search(r"\d{6} \d{6}", answer) else ""
+    if want.kind == "who": return "no name, where one was asked for" if dated or _NUMBER.fullmatch(said) else ""
+    if want.kind == "time" and not dated and not re.search(r"\d{6} \d{6}", answer): return "no time, where a time was asked for"
+    took = re.findall(r"\.(min|max)\(\)" if want.kind == "time" else r"\.(mean|median|max|min|sum|std)\(\)", last)
+    return f"the {_ENDS.get((want.kind, took[0]), took[0])}, where the {_ENDS.get((want.kind, want.how), want.how)} was asked for" if want.how and took and want.how not in took else ""
 
 # %% ../../nbs/70_assistant/00c_answers.ipynb #eed0ef95
 _TAKEN = re.compile(r"(?:\b(?:nlargest|nsmallest|quantile|head|tail)\(|[<>]=?\s*)(-?\d+(?:\.\d+)?)(?![\w.])")
@@ -151,6 +161,7 @@ def turned(
         found = re.fullmatch(r"print\((.*(?:value_counts\(\)|(?:groupby\(.*\)|\]|\))\.(?:mean|median|sum|max|min|nunique|size|count)\(\)))(?:\.dropna\(\))?(?:\.sort_values\([^)]*\))?(?:\.(?:head|nlargest|nsmallest)\(\d+\))?(?:\.round\(\d\))?\)", last)
         if found and ("value_counts()" in found[1] or "groupby(" in found[1]): tail = found[1] + pick
     elif want.kind == "time" and want.how and any(l.startswith("times = pd.to_datetime(") for l in body): tail = f"times.{want.how}()" + (f".strftime({want.field.values[0]!r})" if want.field.pattern else "")
+    elif want.kind == "time" and want.how and (found := re.fullmatch(r"print\((.*)\.(?:min|max)\(\)(.*)\)", last)): tail = f"{found[1]}.{want.how}(){found[2]}"
     elif want.kind == "share" and (found := re.match(r"print\(\(100 \* \((\w+ == [^()]+)\)\.groupby\(", last)): tail = f"round(100 * ({found[1]}).mean(), 2)"
     elif want.kind == "share" and last == "print(len(rows))": tail = f"round(100 * len(rows) / len({'lines' if any(l.startswith('lines = ') for l in body) else 'df'}), 2)"
     return "\n".join((*body, f"print({tail})", "")) if tail else ""

@@ -22,7 +22,7 @@ from ..runtime.llama_cpp import Llama, detokenize, tokenize, write
 from ..evaluation.repair import repair
 from ..evaluation.sandbox import Limits, Sandbox
 from .answers import Wanted, invented, misfit, tied, turned, wanted, with_ties
-from .linking import day_asked, keep_day, one_measure, quote_found, unused
+from .linking import day_asked, keep_day, not_said, one_measure, quote_found, unused
 from .reader import Data, as_said
 
 # %% ../../nbs/70_assistant/01_assistant.ipynb #4504d7b3
@@ -153,6 +153,7 @@ def ask(self:Assistant,
         replies.append(replace(_reply(name, program, left_out, got, wrote), misfit=wrong, turned=better))
     best, *others = _counted(replies)
     notes = [f"of {day.said} alone, by a line in the program"] if day and day.said not in best.unused else []
+    if data and (strange := not_said(request, data[0], columns)): notes.append(f"no line has the word {' or '.join(map(repr, strange))}, so look at what the program made of it (--show-code)")
     if best.ran and (more := with_ties(best.program)) and (got := self.sandbox.run(more, files)).verdict == "ok" and (tie := tied(got.stdout)): notes.append(tie)
     return [replace(best, notes=tuple(notes)), *others]
 

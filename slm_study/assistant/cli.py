@@ -81,7 +81,7 @@ def _add_ask(commands):
     a = commands.add_parser("ask", help="ask a question about a log or a table", description="The models of a study write programs that answer, which run in the sandbox on a copy of the data; the answer that most of them give is printed. Without a finished study the models that come with the project answer. What a log says needs no quotes; what stands in quotes is taken letter for letter, capitals too. With --data alone: what the file's fields are.",
                             epilog="examples:  slm-study ask 'top 5 addresses with counts' --data auth.log    |    slm-study ask 'mean latency per host' --data requests.csv --show-code    |    slm-study ask --data auth.log")
     a.add_argument("request", metavar="REQUEST", nargs="?", default="", help="what you want to know, in English; without it, what the fields of the data are")
-    a.add_argument("--data", action="append", default=[], metavar="FILE", help="a log, CSV or JSON-lines file, perhaps .gz; may be repeated for questions about several logs")
+    a.add_argument("--data", action="append", default=[], metavar="FILE", help="a log, CSV or JSON-lines file, perhaps .gz, or - for standard input; may be repeated for questions about several logs")
     a.add_argument("--show-code", action="store_true", help="print the program before its answer")
     a.add_argument("--model", action="append", help="only this model, tinyllama or starcoder; default: both, the better first")
     a.add_argument("--draws", type=int, default=5, metavar="N", help="programs that each model writes beside its likeliest, so that their answers can be compared; default: 5")
@@ -116,7 +116,8 @@ def tell(
     note = lambda text: print(f"slm-study: {text}", file=sys.stderr)
     if show_code: print(best.program.strip() + "\n")
     if not best.ran:
-        note("no program ran (" + "; ".join(dict.fromkeys(r.error for r in replies)) + "); say it in other words, or see what was tried by --show-code")
+        errors = list(dict.fromkeys(r.error for r in replies))
+        note("no program ran (" + "; ".join(errors[:2]) + f"; and {len(errors) - 2} other errors"*(len(errors) > 2) + "); say it in other words, or see what was tried by --show-code")
         return 1
     if best.answer: print(best.answer)
     for name, content in best.files.items(): note(f"wrote {_kept(Path(name).name, content)}")
@@ -216,10 +217,15 @@ def _bench(a): # what `slm-study bench` was asked for, checked
 
 COMMANDS = dict(run=_start, ask=_ask, export=_export, bench=_bench) # each checks its arguments and returns the work
 
-def main(argv:list[str]|None=None) -> int: # 0 done, 1 the work failed, 2 the call was wrong, 3 the answer leaves out what was asked
+def main(argv:list[str]|None=None) -> int: # 0 done, 1 the work failed, 2 the call was wrong, 3 the answer leaves out what was asked, 130 stopped by Ctrl-C
     "Entry point of `slm-study`."
-    a = parser().parse_args(argv)
-    try: work = COMMANDS[a.command](a)
-    except StudyError as e: print(f"slm-study: {e}", file=sys.stderr); return 2
-    try: return work()
-    except StudyError as e: print(f"slm-study: {e}", file=sys.stderr); return 1
+    a, failed = parser().parse_args(argv), 2
+    try:
+        work, failed = COMMANDS[a.command](a), 1
+        status = work()
+        sys.stdout.flush() # or nobody would notice that the reader has gone
+        return status
+    except StudyError as e: print(f"slm-study: {e}", file=sys.stderr)
+    except KeyboardInterrupt: print("slm-study: stopped", file=sys.stderr); failed = 130
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); failed = 1 # such as `| head -1`
+    return failed

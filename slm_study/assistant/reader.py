@@ -7,7 +7,7 @@ __all__ = ['MAX_MIB', 'FEW', 'TIMES', 'LEVELS', 'Data', 'read_text', 'kind_of', 
            'any_columns', 'read_data']
 
 # %% ../../nbs/70_assistant/00_reader.ipynb #73c45fbd
-import gzip, io, re, zlib
+import gzip, io, json, re, sys, zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,19 +31,21 @@ class Data:
     names: dict = field(default_factory=dict) # pattern of a log's field -> all that it may be called
 
 def read_text(
-    path:str|Path # a file; .gz is unpacked
+    path:str|Path # a file, .gz is unpacked; "-": standard input
 ) -> tuple[str, str]: # the name that a program opens, and the text
     "The text of a file; `StudyError` for what is none."
-    path = Path(path)
+    if not str(path): raise StudyError("--data: is empty; give the path of a log, a CSV or a JSON-lines file")
+    path = Path(path).expanduser()
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: raw = f.read(MAX_MIB*2**20 + 1)
+        with sys.stdin.buffer if str(path) == "-" else (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: raw = f.read(MAX_MIB*2**20 + 1)
     except (OSError, EOFError, zlib.error) as e: # the last two: a damaged .gz
         raise StudyError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a log, a CSV or a JSON-lines file") from None
     if len(raw) > MAX_MIB*2**20: raise StudyError(f"{path}: is larger than {MAX_MIB} MiB; cut out the part that is asked about, such as with `tail -n 100000`")
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"): raise StudyError(f"{path}: is UTF-16; write it as UTF-8, such as by `iconv -f UTF-16 -t UTF-8`")
     if b"\0" in raw[:8192]: raise StudyError(f"{path}: is no text; give a log, a CSV or a JSON-lines file")
     text = raw.decode("utf-8-sig", "replace")
     if not text.strip(): raise StudyError(f"{path}: is empty")
-    return path.name.removesuffix(".gz"), text
+    return ("stdin" if str(path) == "-" else path.name.removesuffix(".gz")), text
 
 # %% ../../nbs/70_assistant/00_reader.ipynb #b3323bea
 FEW = 60 # values of a category that are remembered
@@ -67,6 +69,12 @@ def _values(column): # as a program compares them: true and false are no texts
     values = column.dropna()
     return _common(values.tolist() if all(isinstance(v, bool) for v in values.tolist()) else values.astype(str))
 
+def _broken_line(text): # of JSON lines
+    for i, line in enumerate(text.splitlines(), 1):
+        try: line.strip() and json.loads(line)
+        except ValueError: return f"line {i}: "
+    return ""
+
 def read_table(
     name:str,   # of the file
     text:str,   # its content
@@ -74,7 +82,8 @@ def read_table(
 ) -> Data:
     "Describe a table."
     try: df = pd.read_csv(io.StringIO(text)) if format == "csv" else pd.read_json(io.StringIO(text), lines=True)
-    except (ValueError, pd.errors.ParserError) as e: raise StudyError(f"{name}: is no {format} file ({str(e).splitlines()[0][:100]}); mend that line, or leave it out") from None
+    except (ValueError, pd.errors.ParserError) as e: raise StudyError(f"{name}: {_broken_line(text) if format == 'jsonl' else ''}is no {format} file ({str(e).splitlines()[0][:100]}); mend that line, or leave it out") from None
+    if format == "csv" and all(re.fullmatch(r"[-+]?\d[-+\d.,:/ TZe]*", str(c)) for c in df.columns): raise StudyError(f"{name}: its first row has numbers and no names; add a line with the names of the columns above it")
     if not len(df.columns) or not len(df): raise StudyError(f"{name}: has no rows")
     kinds = {c: kind_of(df[c]) for c in df.columns}
     columns = (Column(str(c), k, _values(df[c]) if k == "category" else ()) for c, k in kinds.items())
@@ -95,21 +104,33 @@ def _seen(columns, lines):
 _BSD, _ISO = r"\w{3} +\d+ [\d:]{8}", r"\d{4}-\d\d-\d\dT[\d:]{8}" # how a syslog's lines begin, and how they do on newer systems: .123456+01:00 may follow
 _ISO_SYSLOG = rf"^{_ISO}(?:\.\d+)?[+-]\d\d:?\d\d [\w.-]+ [^\s:\[]+(?:\[\d+\])?: "
 
+_BUSYBOX = rf"^{_BSD} \S+ (?:kern|user|mail|daemon|auth|authpriv|syslog|lpr|news|uucp|cron|ftp|local\d)\.[a-z]+ " # facility and level before the program
+
+def _behind_facility(column):
+    "A field of syslog, where facility and level are written too."
+    return replace(column, pattern=column.pattern.replace(rf"{_BSD} \S+ ", rf"{_BSD} \S+ \S+ "))
+
 def _in_iso(column):
     "A field of syslog, where times are written by ISO 8601."
     pattern = column.pattern.replace(f"({_BSD})", f"({_ISO})").replace(_BSD, r"\S+")
     return replace(column, pattern=pattern, values=("%Y-%m-%dT%H:%M:%S",) if column.kind == "time" else column.values)
 
 def read_log(
-    name:str,      # of the file
-    text:str,      # its content
-    format:str,    # a key of FORMATS
-    iso:bool=False # a kind of syslog whose times are written by ISO 8601?
+    name:str,           # of the file
+    text:str,           # its content
+    format:str,         # a key of FORMATS
+    iso:bool=False,     # a kind of syslog whose times are written by ISO 8601?
+    facility:bool=False # a syslog with facility and level, as BusyBox writes it?
 ) -> Data:
     "Describe a log of a known format."
     columns = [_in_iso(c) if iso and c.kind != "file" else c for c in log_columns(format, name)]
     names = {c.pattern: (*f.names, *f.new_names) for f, c in zip(FORMATS[format].fields.values(), columns[1:], strict=True)}
-    return Data(name, format, tuple(_seen(columns, text.splitlines()[:20_000])), text, names)
+    lines = text.splitlines()[:20_000]
+    if facility:
+        columns = [*map(_behind_facility, columns), Column("level", "category", (), rf"^{_BSD} \S+ \w+\.(\w+) ")]
+        names = {c.pattern: n for c, n in zip(columns[1:], (*names.values(), ("level", "severity", "priority")), strict=True)}
+    if format == "logfmt": columns += [c for c in any_columns(lines) if "=" in c.pattern and not any(re.search(rf"\b{c.name}\b", known.pattern) for known in columns)] # a line has keys of its own
+    return Data(name, format, tuple(_seen(columns, lines)), text, names)
 
 def as_said(
     data:Data,
@@ -155,16 +176,26 @@ def any_columns(
     return (*out, Column("message", "text", (), rf"{after}\W*(.*)" if after else "^(.*)"))
 
 # %% ../../nbs/70_assistant/00_reader.ipynb #b95c4d4a
+def _one_document(text):
+    "JSON, but not an object a line?"
+    if text.lstrip()[0] != "[" and "\n" not in text.strip() or text.lstrip()[0] not in "[{": return False
+    try: json.loads(text)
+    except (ValueError, RecursionError): return False
+    return True
+
 def read_data(
     path:str|Path # a log, CSV or JSON-lines file, perhaps packed by gzip
 ) -> Data:
     "Find out what a file holds; `StudyError` in one line where it cannot be asked about."
     name, text = read_text(path)
     lines = [l for l in text.splitlines()[:20_000] if l.strip()]
+    if _one_document(text): raise StudyError(f"{name}: is one JSON document; write one object a line, such as by `jq -c '.[]' {name}`")
+    if share(_BUSYBOX, lines[:300]) > .9: return read_log(name, text, "syslog", facility=True)
     if share(_ISO_SYSLOG, lines[:300]) > .9: return read_log(name, text, guess_format("\n".join(re.sub(r"^\S+", "Mar  4 11:22:33", l) for l in lines[:300])), iso=True)
     format = guess_format(text)
     if format in ("csv", "jsonl"): return read_table(name, text, format)
     if format: return read_log(name, text, format)
-    for mark in ";\t": # a header has no digits; a log with tabs seldom begins without any
-        if len(lines) > 1 and len({l.count(mark) for l in lines[:20]}) == 1 and lines[0].count(mark) and not re.search(r"\d", lines[0]): raise StudyError(f"{name}: looks like a table with {mark!r} between its cells; write it with commas")
+    for mark in ";\t": # a header has names; a log with tabs seldom begins without a digit
+        named = not re.search(r"\d", lines[0]) or mark == ";" and not re.search(r"\d:\d\d", lines[0]) and all(re.match(r'\s*"?[^\W\d]', cell) for cell in lines[0].split(mark))
+        if len(lines) > 1 and len({l.count(mark) for l in lines[:20]}) == 1 and lines[0].count(mark) and named: raise StudyError(f"{name}: looks like a table with {mark!r} between its cells; write it with commas")
     return Data(name, "log", (Column(name, "file", ("log",)), *_seen(any_columns(lines), lines)), text)
