@@ -258,7 +258,7 @@ class Evaluation(_Part):
 # %% ../nbs/00_recipes.ipynb #846dac46
 class Recipe(_Part):
     "A whole study: what to run and with which settings."
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")] # of folders
     about: str = ""
     models: Annotated[tuple[Literal[MODELS], ...], AfterValidator(_unique)] = MODELS
     techniques: Annotated[tuple[Literal[TECHNIQUES], ...], AfterValidator(_unique)] = TECHNIQUES

@@ -128,9 +128,17 @@ def test_a_published_model_is_taken_and_tuned_with_the_published_settings(offlin
     made = json.loads((tmp_path/"tuned"/"slm_study.json").read_text())
     assert [e for e in log if "loss" in e] and made["settings"]["targets"] == "published" and made["settings"]["loss_on"] == "padding"
     tuned, before = load_checkpoint(tmp_path/"tuned")[0].state_dict(), net.state_dict()
-    assert {n.split(".")[-2] for n, p in tuned.items() if not torch.equal(p, before[n])} <= set(TARGETS[net.config.model_type, "published"])
+    assert {n.split(".")[-2] for n, p in tuned.items() if not torch.equal(p, before[n])} == set(TARGETS[net.config.model_type, "published"])
 
 
 def test_a_model_that_the_hub_does_not_give(offline, tmp_path):
     with pytest.raises(StudyError) as e: from_hub("hub:bigcode/none", tmp_path/"base")
     assert "bases: hub:bigcode/none cannot be had" in str(e.value) and "\n" not in str(e.value) and not (tmp_path/"base").exists()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "", ".hidden"])
+def test_a_recipe_is_no_path(tmp_path, name):
+    "Its name becomes a folder below runs and figures."
+    (tmp_path/"mine.yaml").write_text(f"name: {name!r}\n")
+    with pytest.raises(StudyError, match="name") as e: load_recipe(str(tmp_path/"mine.yaml"))
+    assert "\n" not in str(e.value)
