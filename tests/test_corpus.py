@@ -138,18 +138,18 @@ def test_csv_rows_and_a_missing_column(tmp_path):
     with pytest.raises(StudyError, match="no column 'prompt'"): list(load_source("astronomy", str(tmp_path/"b.csv")))
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
-def test_a_line_of_100_megabytes_is_not_held(tmp_path, kind):
+def test_a_line_of_300_megabytes_is_not_held(tmp_path, kind):
     path = tmp_path/f"long.{kind}"
     with open(path, "wb") as f:
         f.write({"jsonl": b'{"prompt": "', "csv": b"prompt,chosen\nIs it far?,yes\n", "json": b'{"a": {"prompt": "'}[kind])
-        for _ in range(100): f.write(b"x" * (1 << 20))
+        for _ in range(300): f.write(b"x" * (1 << 20))
         f.write({"jsonl": b'"}\n{"prompt": "Is it far?", "chosen": ""}\n', "csv": b",yes\n", "json": b'"}}'}[kind])
-    code = ("import resource, sys\nfrom collections import Counter\nfrom slm_study.curation.sources import load_source\nfrom slm_study.recipes import StudyError\nc = Counter()\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            f"try: print(len(list(load_source('astronomy', {str(path)!r}, counts=c))), dict(c))\nexcept StudyError as e: print(e)\nprint((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+    code = ("from collections import Counter\nfrom slm_study.memory import peak_mib, resident_mib\nfrom slm_study.curation.sources import load_source\nfrom slm_study.recipes import StudyError\nc = Counter()\nbefore = resident_mib()\n"
+            f"try: print(len(list(load_source('astronomy', {str(path)!r}, counts=c))), dict(c))\nexcept StudyError as e: print(e)\nprint(int(peak_mib() - before))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     said, grown = out.stdout.strip().splitlines()
     assert ("'line longer than 16 MiB': 1" in said if kind == "jsonl" else "long." in said), out
-    assert int(grown) < 100 # MiB; a reader that holds the line needs more
+    assert int(grown) < 200 # MiB; a reader that holds the line needs more
 
 def test_an_empty_file_is_one_line(tmp_path):
     for kind in ("jsonl", "json", "csv", "parquet"):

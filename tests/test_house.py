@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from readme import render
+from slm_study.records import read_csv
+from slm_study.report.tables import table_1, table_2, table_all, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_proc"} & set(p.parts))
@@ -149,11 +151,23 @@ def test_links_in_notebooks_exist(path):
     assert not [l for l in links if not (path.parent/l.split("#")[0]).exists()]
 
 
-def test_committed_figures_come_from_a_clean_tree():
+def test_readme_says_what_the_records_say():
+    "What the front page shows of the results, made anew from figures/pocket and the recipe, is what stands there."
+    _, *shown = [c for c in cells(ROOT/"nbs"/"index.ipynb") if c["cell_type"] == "code"]
+    ns = {}
+    for cell in shown:
+        tree = ast.parse(source(cell)); last = tree.body.pop()
+        exec(compile(tree, "index.ipynb", "exec"), ns)
+        assert eval(compile(ast.Expression(last.value), "index.ipynb", "eval"), ns).data == "".join(cell["outputs"][0]["data"]["text/markdown"]), "execute nbs/index.ipynb and run `make export`"
+
+
+def test_committed_figures_come_from_a_clean_tree(tmp_path):
     "figures/pocket was made by runs, all of them with one commit, and holds every table and figure."
     folder = ROOT/"figures"/"pocket"
     made = {p.name for p in folder.iterdir()}
     for stem in ("table_1", "table_2", "table_notes"): assert {f"{stem}.{s}" for s in ("csv", "md", "tex")} <= made
     for stem in ("1", "2", "3", "4a", "4b", "5a", "5b", "6a", "6b"): assert {f"figure_{stem}.{s}" for s in ("svg", "png")} <= made
+    records = read_csv(folder/"records.csv")
+    for stem, table in dict(table_1=table_1, table_2=table_2, table_all=table_all).items(): assert write_table(table(records), tmp_path/stem)[0].read_text() == (folder/f"{stem}.csv").read_text(), stem
     runs = json.loads((folder/"runs.json").read_text())
     assert {r["dirty"] for r in runs} == {False} and len({r["commit"] for r in runs}) == 1

@@ -1,10 +1,11 @@
 """Repair: what it mends, what it leaves, and that it adds nothing."""
 import ast, random, time
+from collections import Counter
 
 import pytest
 
 from slm_study.curation.tasks import generate_tasks
-from slm_study.evaluation.repair import IMPORTS, MAX_CHARS, REPAIRS, corrupt, parses, repair
+from slm_study.evaluation.repair import IMPORTS, MAX_CHARS, REPAIRS, Repaired, corrupt, parses, repair
 
 PROGRAMS = [t.program for t in generate_tasks(60, seed=3, split="iid")]
 WRAPS = {"plain": "{}", "fence": "```python\n{}```", "bare fence": "```\n{}```\n", "unclosed fence": "```python\n{}", "sentence": "Here is the code for your request:\n\n{}", "both": "Sure! This program does it.\n```python\n{}```\nIt prints the result.",
@@ -35,19 +36,22 @@ def test_cut_programs_keep_only_statements_that_were_there():
 def test_brackets_and_strings(text, program):
     got = repair(text)
     if program: assert got.program == program and "unclosed" in got.repairs
-    else: assert not parses(text) or got.repairs == ()
+    else: assert got == Repaired(text)
 
 def test_no_logic_is_added():
     """Every call and operator of the result was in the text, apart from imports and savefig."""
     rng = random.Random(0)
+    kinds = lambda t: Counter(type(n).__name__ for n in ast.walk(ast.parse(t)) if isinstance(n, (ast.operator, ast.cmpop, ast.boolop, ast.unaryop)))
     ops = lambda t: {n.id for n in ast.walk(ast.parse(t)) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(ast.parse(t)) if isinstance(n, ast.Attribute)}
     for p in PROGRAMS*4:
         damaged = corrupt(p, rng)
         got = repair(damaged)
-        if parses(got.program): assert all(w in damaged or w == "savefig" for w in ops(got.program)), (damaged, got.program)
+        if parses(got.program):
+            assert all(w in damaged or w == "savefig" for w in ops(got.program)), (damaged, got.program)
+            assert set(kinds(got.program)) <= set(kinds(p)), (damaged, got.program)
 
 def test_damage_beyond_repair_is_returned_unchanged():
-    for text in ("))) what (((", "", "\0", "def", "\ud800(", "a b c d e"): assert repair(text).program == text or parses(repair(text).program)
+    for text in ("))) what (((", "", "\0", "def", "\ud800(", "a b c d e"): assert repair(text) == Repaired(text)
 
 @pytest.mark.parametrize("text", ["("*50_000, "x = " + "["*19_000, "'"*10_001, "a\n"*10_000 + "(", "```"*5_000, " "*15_000 + "x", "é("*5_000, "print('" + "\\"*9_999, "#"*10**6, "if x:\n"*3_000])
 def test_strange_text_takes_no_time(text):

@@ -37,8 +37,15 @@ def test_self_test_notices_a_missing_layer(layer, box):
     try: assert quick.attack(tiers()["A"].without(layer))
     finally: [w.close() for w in quick.pool]
 
+@tier_a
+def test_files_and_bytes_end_somewhere(box):
+    many = "n = 0\ntry:\n    while n < 5000: open(f'f{n}', 'w').close(); n += 1\nexcept OSError: pass\nprint(n)"
+    room = "n = 0\ntry:\n    for i in range(64): open(f'g{i}', 'wb').write(b'x'*(1 << 20)); n += 1\nexcept OSError: pass\nprint(n)"
+    assert 100 < int(box.run(many).stdout) < 4096 and 4 < int(box.run(room).stdout) <= 17
+
 def test_honest_programs_get_the_verdict_of_a_fresh_interpreter(box, tmp_path):
-    assert compare(SPECIAL[1::7] + references(3), box, tmp_path)[0] == []
+    differ, refused = compare(SPECIAL[1::7] + references(3), box, tmp_path)
+    assert differ == [] and (refused == 0 or box.tier.name != "A")
 
 def test_references_all_run(box):
     jobs = references(60)
@@ -100,7 +107,7 @@ def test_killed_driver_loses_and_doubles_nothing(tmp_path):
 
 def test_short_soak():
     report = soak(programs=200, share=0.03, seed=1)
-    assert report["wrong"] == 0 and report["hostile"] >= 3 and report["descriptors_grown"] == 0 and report["processes_left"] == 0 and report["mounts_grown"] == 0, report
+    assert report["wrong"] == 0 and not report["touched"] and report["hostile"] >= 3 and report["descriptors_grown"] == 0 and report["processes_left"] == 0 and report["mounts_grown"] == 0, report
 
 def test_full_disk_is_one_line(tmp_path):
     db = tmp_path/"o.db"

@@ -1,4 +1,5 @@
 "The whole study on the smoke recipe, as a user runs it: once to its end, killed and resumed, and with everything that can be wrong."
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,12 @@ def test_figures_and_tables(study):
     for stem in ("table_1", "table_2", "table_notes"): assert {f"{stem}.{s}" for s in ("csv", "md", "tex")} <= made
     for stem in ("1", "2", "3", "4a", "4b", "5a", "5b", "6a", "6b"): assert {f"figure_{stem}.{s}" for s in ("svg", "png")} <= made
     assert {"records.csv", "claims.md", "claims.csv", "runs.json"} <= made
+
+
+def test_programs_ran_isolated_and_tables_say_how(study):
+    figures = study[0]/"figures"
+    assert {run["sandbox"] for run in json.loads((figures/"runs.json").read_text())} <= set("ABC")
+    for stem in ("table_1", "table_2", "table_vs_base"): assert "sandbox tier" in (figures/f"{stem}.md").read_text(), stem
 
 
 def test_second_run_does_nothing(study):
