@@ -64,7 +64,7 @@ def _kind(request, columns):
     if one and fields[0][1].kind == "category" and most: return Wanted("value", fields[0][1], most) if re.match(rf"{re.escape(fields[0][1].name)}(?!\w)", request[fields[0][0]:], re.I) else Wanted("")
     if how and {c.name for _, c in fields} == {number.name}: return Wanted("number", number, how)
     if re.match(r"who\b", said.strip()): return Wanted("who")
-    if not fields and re.match(r"which [a-z]+s (?:were|are|did|do|have|had|got)\b", said.strip()): return Wanted("who") # things by their names
+    if not fields and re.match(r"which [a-z]+s (?:with\s+)?(?:were|are|did|do|have|had|got)\b", said.strip()): return Wanted("who") # things by their names
     end = "min" if re.search(r"\b(?:first|earliest)\b", said) else "max" if re.search(r"\b(?:last|latest)\b", said) else ""
     return Wanted("time", next((c for c in columns if c.kind == "time"), None), end) if re.match(r"when\b|(?:at )?what time\b", said.strip()) else Wanted("")
 
