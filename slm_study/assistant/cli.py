@@ -116,8 +116,7 @@ def tell(
     note = lambda text: print(f"slm-study: {text}", file=sys.stderr)
     if show_code: print(best.program.strip() + "\n")
     if not best.ran:
-        errors = list(dict.fromkeys(r.error for r in replies))
-        note("no program ran (" + "; ".join(errors[:2]) + f"; and {len(errors) - 2} other errors"*(len(errors) > 2) + "); say it in other words, or see what was tried by --show-code")
+        note("no program ran (" + "; ".join((errors := list(dict.fromkeys(r.error for r in replies)))[:2]) + f"; and {len(errors) - 2} other errors"*(len(errors) > 2) + "); say it in other words, or see what was tried by --show-code")
         return 1
     if best.answer: print(best.answer)
     for name, content in best.files.items(): note(f"wrote {_kept(Path(name).name, content)}")
