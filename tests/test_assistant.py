@@ -27,11 +27,11 @@ def folder(tmp_path_factory):
     pd.DataFrame(dict(queue=["long", "short", "short"]*20, cores=range(60))).to_csv(tmp/"jobs.csv", index=False)
     return tmp
 
-def ask(folder, *args):
+def ask(folder, *args, **given):
     "As in a shell: a process that finds the package, in a folder of its own."
     path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, "-c", "import sys; from slm_study.assistant.cli import main; sys.exit(main())", "ask", *args, "--runs", str(folder/"runs")],
-                          cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+                          **dict(cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) | given)
 
 def test_a_question_about_every_kind_of_file(folder):
     for name, n in (("openssh.log", 150), ("java.log.gz", 150)):
@@ -164,12 +164,12 @@ def test_who_stops_or_goes_away_sees_no_traceback(folder, monkeypatch, capsys):
     monkeypatch.setitem(COMMANDS, "bench", stopped)
     assert main(["bench"]) == 130 and capsys.readouterr().err == "slm-study: stopped\n"
     read, write = os.pipe(); os.close(read)
-    done = subprocess.run([sys.executable, "-c", "import sys; from slm_study.assistant.cli import main; sys.exit(main())", "ask", "--data", str(folder/"openssh.log")], stdout=write, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    done = ask(folder, "--data", str(folder/"openssh.log"), stdout=write)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
 def test_standard_input(folder):
-    done = subprocess.run([sys.executable, "-c", "import sys; from slm_study.assistant.cli import main; sys.exit(main())", "ask", "--data", "-"], input=(folder/"openssh.log").read_text(), capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = ask(folder, "--data", "-", input=(folder/"openssh.log").read_text())
     assert done.returncode == 0 and done.stdout.startswith("stdin: a log of the format openssh, 150 lines"), done.stderr
 
 def test_fields_of_a_file(folder):

@@ -38,13 +38,13 @@ def make(model, tied=None, seed=0):
 def one_thread():
     before = torch.get_num_threads(); torch.set_num_threads(1); yield; torch.set_num_threads(before)
 
-def gap(a, b):
+def apart(a, b):
     ids = torch.randint(2, 80, (4, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): return (a(ids).logits - b(ids).logits).abs().max().item()
+    with torch.no_grad(): return a(ids).logits - b(ids).logits
 
-def spread(a, b):
-    ids = torch.randint(2, 80, (4, 24), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): return (a(ids).logits - b(ids).logits).pow(2).mean().sqrt().item()
+def gap(a, b): return apart(a, b).abs().max().item()
+
+def spread(a, b): return apart(a, b).pow(2).mean().sqrt().item()
 
 def padded(seed, rows=4, tokens=16):
     g = torch.Generator().manual_seed(seed)

@@ -80,18 +80,23 @@ def values_of(
     table = pd.read_csv(io.StringIO(data.text)) if data.format == "csv" else pd.DataFrame([json.loads(l) for l in data.text.splitlines() if l.strip()])
     return table[field.name].dropna().astype(str)
 
-_ENDS = {("time", "min"): "first", ("time", "max"): "last"}
-
 def _unequal(want):
     field, n = want.equal
     return ("" if field.pattern else re.escape(f"[{field.name!r}]")) + rf" [<>]=? {re.escape(str(n))}(?![\w.])"
 
 def _rows(answer): return [l for l in answer.splitlines() if l.strip() and not l.startswith(("Name:", "dtype:"))]
 
+def _other_end(want, last):
+    "Where the last line takes another end than the question names"
+    words = dict(min="first", max="last") if want.kind == "time" else {how: how for how in ("mean", "median", "max", "min", "sum", "std")}
+    took = re.findall(rf"\.({'|'.join(words)})\(\)", last)
+    return f"the {words[took[0]]}, where the {words[want.how]} was asked for" if want.how and took and want.how not in took else ""
+
 def _not_one_number(answer, whole=False):
     if not _NUMBER.fullmatch(said := answer.strip().removesuffix("%").strip()): return "a list or a text, where one number was asked for"
     if whole and not re.fullmatch(r"\d+", said): return f"{said}, which is no count"
 
+# %% ../../nbs/70_assistant/00c_answers.ipynb #30ed638b
 def misfit(
     want:Wanted,    # of the question
     answer:str,     # what the program printed
@@ -110,7 +115,7 @@ def misfit(
         return f"{said}, and there are not so many lines" if not want.field and int(said) > len(data.text.splitlines()) else ""
     if want.kind == "number":
         if wrong := _not_one_number(answer): return wrong
-        if (took := re.findall(r"\.(mean|median|max|min|sum|std)\(\)", last)) and want.how not in took: return f"the {took[0]}, where the {want.how} was asked for"
+        if wrong := _other_end(want, last): return wrong
         if want.how == "sum" or not len(there := pd.to_numeric(values_of(data, want.field), errors="coerce").dropna()): return ""
         return "" if there.min() - .001 <= float(said) <= there.max() + .001 else f"{said}, and no {want.field.name} is so {'small' if float(said) < there.min() else 'large'}"
     if want.kind in ("hour", "day"):
@@ -122,8 +127,7 @@ def misfit(
         return "" if (there := set(values_of(data, want.field))) & {said, *re.split(r"\s{2,}", said)[:1], said.strip("[]()'\"")} or not there else f"{said[:40]}, and no {want.field.name} is called so"
     if want.kind == "who": return "no name, where one was asked for" if dated or _NUMBER.fullmatch(said) else ""
     if want.kind == "time" and not dated and not re.search(r"\d{6} \d{6}", answer): return "no time, where a time was asked for"
-    took = re.findall(r"\.(min|max)\(\)" if want.kind == "time" else r"\.(mean|median|max|min|sum|std)\(\)", last)
-    return f"the {_ENDS.get((want.kind, took[0]), took[0])}, where the {_ENDS.get((want.kind, want.how), want.how)} was asked for" if want.how and took and want.how not in took else ""
+    return _other_end(want, last)
 
 # %% ../../nbs/70_assistant/00c_answers.ipynb #eed0ef95
 _TAKEN = re.compile(r"(?:\b(?:nlargest|nsmallest|quantile|head|tail)\(|[<>]=?\s*)(-?\d+(?:\.\d+)?)(?![\w.])")

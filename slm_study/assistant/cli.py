@@ -106,6 +106,7 @@ def show(
         for c in columns: print(f"  {c.name:{width}}  {c.kind:8}  {', '.join(map(str, c.values[:5])) if c.kind == 'category' else ''}".rstrip())
     return 0
 
+# %% ../../nbs/70_assistant/02_cli.ipynb #9b3a878c
 def tell(
     replies:list,   # of Assistant.ask
     show_code:bool, # the program too?
@@ -116,7 +117,8 @@ def tell(
     note = lambda text: print(f"slm-study: {text}", file=sys.stderr)
     if show_code: print(best.program.strip() + "\n")
     if not best.ran:
-        note("no program ran (" + "; ".join((errors := list(dict.fromkeys(r.error for r in replies)))[:2]) + f"; and {len(errors) - 2} other errors"*(len(errors) > 2) + "); say it in other words, or see what was tried by --show-code")
+        errors = list(dict.fromkeys(r.error for r in replies))
+        note("no program ran (" + "; ".join(errors[:2]) + f"; and {len(errors) - 2} other errors"*(len(errors) > 2) + "); say it in other words, or see what was tried by --show-code")
         return 1
     if best.answer: print(best.answer)
     for name, content in best.files.items(): note(f"wrote {_kept(Path(name).name, content)}")

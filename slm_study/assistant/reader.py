@@ -178,7 +178,8 @@ def any_columns(
 # %% ../../nbs/70_assistant/00_reader.ipynb #b95c4d4a
 def _one_document(text):
     "JSON, but not an object a line?"
-    if text.lstrip()[0] != "[" and "\n" not in text.strip() or text.lstrip()[0] not in "[{": return False
+    first = text.lstrip()[0]
+    if first not in "[{" or first == "{" and "\n" not in text.strip(): return False # one object on one line is JSON lines
     try: json.loads(text)
     except (ValueError, RecursionError): return False
     return True
